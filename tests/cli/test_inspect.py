@@ -16,9 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import jdpo
-from jdpo.cli.commands.runs.inspect import choose_task, parser
+from jdpo.cli.commands.runs.inspect import parser
 from jdpo.cli.main import main
 from jdpo.cli.parsing import parse
+from jdpo.cli.run_options import choose_task
 from jdpo.config import CONFIGS, DPOConfig, SFTConfig
 from jdpo.models.weights.hub_models import resolve_folder
 

@@ -14,10 +14,10 @@ from jdpo.cli.commands import completion
 from jdpo.cli.commands.answers import iterate, pair
 from jdpo.cli.commands.clusters import plan
 from jdpo.cli.commands.runs import export, inspect, quickstart, reference, train
-from jdpo.cli.commands.runs.train import read_config
 from jdpo.cli.key_help import key_help
 from jdpo.cli.main import main
 from jdpo.cli.parsing import Parser, parse
+from jdpo.cli.run_options import read_config
 from jdpo.config import CONFIGS, DPOConfig, SFTConfig
 from jdpo.config.key_specs import key_specs
 

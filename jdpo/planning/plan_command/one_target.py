@@ -20,9 +20,9 @@ def plan_by_name(name: str, config: TrainConfig, lengths: list[Lengths], cache_d
     jax.config.update("jax_platforms", "cpu")  # the devices are those that programs are compiled for
     from jdpo.planning.plan_target import plan_target
 
-    return plan_target(config, machine_of(name), lengths, cache_dir=cache_dir, log=partial(log, name))
+    return plan_target(config, machine_of(name), lengths, cache_dir=cache_dir, log=partial(log_target, name))
 
 
-def log(name: str, text: str) -> None:
+def log_target(name: str, text: str) -> None:
     """Writes a line about a target to standard error."""
     print(terminal_lines(f"{name}: {text}"), file=sys.stderr, flush=True)

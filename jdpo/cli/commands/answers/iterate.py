@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from jdpo.cli.commands.runs.train import shown_error
-from jdpo.cli.key_help import key_help
 from jdpo.cli.main import COMMANDS
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
+from jdpo.cli.run_options import log, print_help
 from jdpo.config import CONFIGS, DatasetConfig, ModelSettings, load_config, to_yaml
 from jdpo.iteration.loop_settings import LoopSettings
 from jdpo.safe_text import terminal
@@ -44,12 +42,9 @@ def main(command: str, words: Sequence[str]) -> int:
     assert command == "iterate", command
     arguments = parser()
     line = parse(arguments, words)
-    if line.help is not None:
-        print(key_help(command, LoopSettings, line.help) if line.help else arguments.format_help().rstrip("\n"))
+    if print_help(command, arguments, LoopSettings, line.help):
         return 0
-    loop = load_config(
-        LoopSettings, line.path, line.overrides, log=lambda text: print(shown_error(text), file=sys.stderr)
-    )
+    loop = load_config(LoopSettings, line.path, line.overrides, log=log)
     if line.options.print_config:
         print(to_yaml(loop), end="")
         return 0

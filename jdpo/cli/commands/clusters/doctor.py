@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jdpo.cli.commands.runs.inspect import choose_task, keys_given
-from jdpo.cli.commands.runs.train import print_help, read_config
 from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse
+from jdpo.cli.run_options import add_task, choose_task, keys_given, print_help, read_config
 from jdpo.config import CONFIGS
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ def parser(*, complete: bool = False) -> Parser:
         metavar="SECONDS",
         help="Seconds to wait for the other processes to come, and for the devices to answer (default: 300).",
     )
-    task = "The command that will run. By default the config's keys decide, or else it is dpo."
-    options.add_argument("--task", choices=[*CONFIGS, _REFERENCE], help=task)
+    add_task(options, [*CONFIGS, _REFERENCE])
     add_keys(parser, CONFIGS["dpo"], hidden=not complete)
     return parser
 

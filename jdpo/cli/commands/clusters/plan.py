@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jdpo import exit_codes
-from jdpo.cli.commands.runs.inspect import choose_task
-from jdpo.cli.commands.runs.train import print_help, shown_error
 from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse, spellings
+from jdpo.cli.run_options import add_task, choose_task, log, print_help
 from jdpo.config import CONFIGS, DPOConfig, TrainConfig, load_config
 from jdpo.planning.machines import Machine, machine_of
-from jdpo.safe_text import terminal_lines
 
 if TYPE_CHECKING:
     from jdpo.planning.plan_command.outlook import Outlook
@@ -69,8 +67,7 @@ def parser(*, complete: bool = False) -> Parser:
     )
     options.add_argument("--prices", metavar="FILE", help="YAML file of your prices; docs/plan.md has its form.")
     options.add_argument("--json", action="store_true", help="Print one JSON document.")
-    task = "The command that would train. By default the config's keys decide, or else it is dpo."
-    options.add_argument("--task", choices=list(CONFIGS), help=task)
+    add_task(options)
     add_keys(parser, CONFIGS["dpo"], hidden=not complete)
     return parser
 
@@ -156,7 +153,7 @@ def _config(line: CommandLine) -> tuple[str, TrainConfig]:
     # Neither is used: output_dir is not written, and no program is run here that could be kept.
     words = [*line.overrides, "--output_dir=none", "--compilation_cache=false"]
     # Given lengths take the place of rows.
-    config: TrainConfig = load_config(CONFIGS[task], line.path, words, log=_log, complete=line.options.lengths is None)
+    config: TrainConfig = load_config(CONFIGS[task], line.path, words, log=log, complete=line.options.lengths is None)
     if not config.packing:
         raise ValueError("packing false: plans are made of packed steps; leave packing out")
     return task, config
@@ -213,7 +210,7 @@ def _rows(config: TrainConfig, sources: Sources, options: argparse.Namespace, ta
             chat_template=config.chat_template,
             chat_template_kwargs=config.chat_template_kwargs,
         )
-        return lengths_of_data(config, config, tokenizer, _log, pairs=task == "dpo", tokenize=not options.no_tokenize)
+        return lengths_of_data(config, config, tokenizer, log, pairs=task == "dpo", tokenize=not options.no_tokenize)
     except (OSError, ValueError) as error:
         example = "512,300,300, for prompt, chosen and rejected" if task == "dpo" else "812, for a row"
         raise ValueError(
@@ -254,11 +251,11 @@ def _outlook(question: Question, config: TrainConfig, machine: Machine, process:
     """Plans a target; whatever goes wrong is its own row."""
     from jdpo.data.prepared.prepare import cache_folder
     from jdpo.planning.compile_only import missing_package
-    from jdpo.planning.plan_command.one_target import log, plan_by_name
+    from jdpo.planning.plan_command.one_target import log_target, plan_by_name
     from jdpo.planning.plan_command.outlook import Outlook, outlook
 
     compiled = missing_package(machine) is None
-    log(machine.name, f"{place}, {_usual_time(machine) if compiled else 'without a compiler'}")
+    log_target(machine.name, f"{place}, {_usual_time(machine) if compiled else 'without a compiler'}")
     arguments = machine.name, config, question.rows.sample(config.seed), cache_folder(config.cache_dir)
     try:
         # A compiler may crash; a formula does not.
@@ -298,7 +295,3 @@ def _number(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a number of rows, at least 1, found {text!r}")
     return int(text)
-
-
-def _log(text: str) -> None:
-    print(terminal_lines(shown_error(text)), file=sys.stderr, flush=True)

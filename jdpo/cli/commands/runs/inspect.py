@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jdpo.cli.commands.runs.train import print_help, read_config
-from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse
-from jdpo.config import CONFIGS, load_yaml, parse_overrides
-from jdpo.safe_text import terminal, terminal_lines
+from jdpo.cli.parsing import Parser, add_config, add_help, add_keys, parse
+from jdpo.cli.run_options import add_task, choose_task, log, print_help, read_config
+from jdpo.config import CONFIGS
+from jdpo.safe_text import terminal
 
 
 def parser(*, complete: bool = False) -> Parser:
@@ -38,8 +35,7 @@ def parser(*, complete: bool = False) -> Parser:
     options.add_argument("--html", type=_page, metavar="FILE", help=page)
     options.add_argument("--json", action="store_true", help="Print the report as one JSON document.")
     options.add_argument("--strict", action="store_true", help="Exit with code 1 if the report contains a fault.")
-    task = "The command that would train. By default the config's keys decide, or else it is dpo."
-    options.add_argument("--task", choices=list(CONFIGS), help=task)
+    add_task(options)
     add_keys(parser, CONFIGS["dpo"], hidden=not complete)
     return parser
 
@@ -71,12 +67,12 @@ def main(command: str, words: Sequence[str]) -> int:
     config = read_config(CONFIGS[task], line._replace(overrides=[*line.overrides, "--output_dir=none"]))
     from jdpo.inspection.document import inspect_run
 
-    document = inspect_run(config, chosen_by=chosen_by, log=_log, num_rows=options.rows)
+    document = inspect_run(config, chosen_by=chosen_by, log=log, num_rows=options.rows)
     if options.html is not None:
         from jdpo.inspection.html_page import write_page
 
         write_page(document, options.html)
-        _log(f"wrote {terminal(options.html)}")
+        log(f"wrote {terminal(options.html)}")
     if options.json:
         # NaN is not JSON, and most readers refuse it.
         print(json.dumps(document, allow_nan=False))
@@ -91,10 +87,6 @@ def main(command: str, words: Sequence[str]) -> int:
     return int(options.strict and any(one["severity"] == "fault" for one in document["findings"]))
 
 
-def _log(text: str) -> None:
-    print(terminal_lines(text), file=sys.stderr, flush=True)
-
-
 def _number_of_rows(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number of rows such as 3, found {text!r}")
@@ -105,32 +97,3 @@ def _page(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("expected the path of the page to write")
     return Path(text).expanduser()
-
-
-def choose_task(line: CommandLine) -> tuple[str, str]:
-    """Returns the command that would train, and why it is that one, in words."""
-    if line.options.task is not None:
-        return line.options.task, "set by --task"
-    keys = keys_given(line)
-    of_dpo, of_sft = ({field.name for field in dataclasses.fields(CONFIGS[task])} for task in ("dpo", "sft"))
-    # The task is inferred from keys of `jdpo dpo` only, so `jdpo sft` must not have keys of its own.
-    assert of_sft <= of_dpo, "a key of `jdpo sft` alone would decide, too"
-    for key in keys:
-        if key in of_dpo - of_sft:
-            return "dpo", f"{key} is a key of `jdpo dpo` alone"
-    if "loss_on" in keys:  # both have it, but supervised runs set it far more often
-        return "sft", "loss_on is set without a key of `jdpo dpo` alone; --task dpo selects the other command"
-    return "dpo", "the default; --task sft selects the other command"
-
-
-def keys_given(line: CommandLine) -> list[str]:
-    """Returns the top-level keys of config file and command line; what is wrong with them is reported later."""
-    import yaml
-
-    values: Any = None
-    if line.path is not None:
-        # `read_config` reads the file again and reports what is wrong with it.
-        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            values = load_yaml(line.path.read_text(encoding="utf-8"))
-    keys = [str(key) for key in values] if isinstance(values, dict) else []
-    return keys + [key.partition(".")[0] for key, _ in parse_overrides(line.overrides)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jdpo.cli.cluster import in_cluster
-from jdpo.cli.commands.runs.train import print_help, read_config, shown_error
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
+from jdpo.cli.run_options import print_help, read_config, shown_error
 from jdpo.config import CONFIGS
 from jdpo.safe_text import terminal_lines
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from jdpo import exit_codes
 from jdpo.cli.cluster import in_cluster
 from jdpo.cli.failures import INTERRUPTED
-from jdpo.cli.key_help import key_help
-from jdpo.cli.parsing import CONFIG_USAGE, CommandLine, Parser, add_config, add_help, add_keys, parse
-from jdpo.config import CONFIGS, OutputSettings, Settings, load_config, public_text, to_yaml
+from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
+from jdpo.cli.run_options import print_help, read_config, shown_error
+from jdpo.config import CONFIGS, OutputSettings, to_yaml
 from jdpo.safe_text import terminal_lines
-
-C = TypeVar("C", bound=Settings)
 
 _DESCRIPTIONS = {
     "sft": "Trains a Hugging Face model on completions: supervised fine-tuning, the stage before preferences.",
@@ -49,30 +46,6 @@ def parser(command: str) -> Parser:
     )
     add_keys(parser, CONFIGS[command])
     return parser
-
-
-def read_config(cls: type[C], line: CommandLine) -> C:
-    """Returns the config of a command line: the settings of its file, if it has one, and overrides.
-
-    Raises:
-      ValueError: see `load_config`.
-    """
-    return load_config(
-        cls, line.path, line.overrides, log=lambda text: print(shown_error(text), file=sys.stderr), complete=True
-    )
-
-
-def shown_error(text: str) -> str:
-    """Returns the text of an error as it may be shown: without passwords in addresses, safe for a terminal."""
-    return terminal_lines(public_text(text))
-
-
-def print_help(command: str, parser: Parser, cls: type[Settings], key: str | None) -> bool:
-    """Prints the help that a command line asks for, of one key or of the command; returns whether it did."""
-    if key is None:
-        return False
-    print(key_help(command, cls, key) if key else parser.format_help(), end="\n" if key else "")
-    return True
 
 
 def main(command: str, words: Sequence[str]) -> int:

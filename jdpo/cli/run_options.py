@@ -1,4 +1,4 @@
-"""What the commands share that read the config of a run: its keys, the command that would train, help and messages."""
+"""What the commands share that read the config of a run: its command, its keys, help and messages."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def print_help(command: str, parser: Parser, cls: type[Settings], key: str | Non
 
 
 def add_task(options: Any, commands: Sequence[str] = tuple(CONFIGS)) -> None:
-    """Adds --task, by which the user names the command that would train."""
+    """Adds --task, by which the user names the command that a config is for."""
     options.add_argument(
         "--task",
         choices=commands,
-        help="The command that would train. By default the config's keys decide, or else it is dpo.",
+        help="The command that the config is for. By default the config's keys decide, or else it is dpo.",
     )
 
 

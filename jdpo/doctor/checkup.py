@@ -21,8 +21,8 @@ from jdpo.doctor.finding import Finding, numbers
 from jdpo.doctor.folder_trial import FolderTrial, Trial, try_folders
 from jdpo.doctor.local_facts import DISK_SECONDS, Given, folders_of, local_facts
 from jdpo.doctor.mirror_trial import MirrorTrial
-from jdpo.doctor.muster import Muster, muster
 from jdpo.doctor.process_facts import ProcessFacts
+from jdpo.doctor.roll_call import RollCall, call_roll
 from jdpo.doctor.time_limit import TimeLimits
 from jdpo.exit_codes import DONE, FAILED, LOST, USAGE
 from jdpo.processes import Membership, ending_together, find_cluster, join_cluster
@@ -33,7 +33,7 @@ from jdpo.words import listed
 _PHASE_SECONDS = 900.0
 """How long a process waits for another between two checks; each check has a shorter time limit of its own."""
 
-_MOST_NAMED = 16
+_MOST_HOSTS = 16
 
 Read = Callable[[], Given | None]
 
@@ -60,7 +60,7 @@ def check_cluster(read: Read, *, timeout: float) -> int:
     if membership is None or membership.num_processes == 1:
         alone = FactExchange(None, process=0, count=1, timeout=timeout)
         return _check(read, alone, membership, timeout)
-    here = muster(membership, timeout)
+    here = call_roll(membership, timeout)
     if not here.complete:
         return _incomplete(here, membership, timeout)
     join_cluster(initialize=partial(initialize_through_relay, join_seconds=timeout))
@@ -77,7 +77,7 @@ def check_cluster(read: Read, *, timeout: float) -> int:
         return _check(read, exchange, membership, timeout)
 
 
-def _incomplete(here: Muster, membership: Membership, timeout: float) -> int:
+def _incomplete(here: RollCall, membership: Membership, timeout: float) -> int:
     """Reports that processes are missing or do not fit each other; returns the exit code."""
     code = FAILED if here.faults else LOST
     if here.faults:
@@ -89,7 +89,7 @@ def _incomplete(here: Muster, membership: Membership, timeout: float) -> int:
         )
         advice = "start process 0, and see whether its port is open to this host"
     else:
-        there = listed([f"{index} ({host})" for index, host in sorted(here.hosts.items())], _MOST_NAMED)
+        there = listed([f"{index} ({host})" for index, host in sorted(here.hosts.items())], _MOST_HOSTS)
         text = (
             f"{numbers(here.missing)} of {membership.num_processes} did not come within {timeout:.0f} s; here are: "
             f"{there}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from jdpo.doctor.finding import Finding, groups_of, in_words, named
+from jdpo.doctor.finding import Finding, groups_of, in_words, named, reasons_of
 from jdpo.doctor.process_facts import DeviceFacts, ProcessFacts
 from jdpo.words import figure
 
@@ -24,8 +24,7 @@ def diagnose_devices(facts: Sequence[ProcessFacts]) -> list[Finding]:
 
 def _not_found(seen: dict[int, DeviceFacts], facts: Sequence[ProcessFacts]) -> list[Finding]:
     # Of a cluster all processes look for devices together: those that only waited are not the cause.
-    reasons = {process: devices for process, devices in seen.items() if devices.error and not devices.waited}
-    causes = groups_of({process: devices.error for process, devices in (reasons or seen).items() if devices.error})
+    causes = {process: devices for process, devices in seen.items() if devices.error and not devices.waited}
     return [
         Finding(
             "problem",
@@ -33,7 +32,7 @@ def _not_found(seen: dict[int, DeviceFacts], facts: Sequence[ProcessFacts]) -> l
             f"{named(processes, facts)}: JAX finds no devices: {error}",
             "see whether another process holds the devices, and whether the driver and JAX's plugin fit each other",
         )
-        for error, processes in causes
+        for error, processes in reasons_of({process: each.error for process, each in (causes or seen).items()})
     ]
 
 
@@ -67,8 +66,7 @@ def _words(kinds: Sequence[str]) -> str:
 def _mesh(seen: dict[int, DeviceFacts], facts: Sequence[ProcessFacts]) -> list[Finding]:
     findings = [
         Finding("problem", "mesh", error)
-        for error, _ in groups_of({process: devices.mesh_error for process, devices in seen.items()})
-        if error is not None
+        for error, _ in reasons_of({process: devices.mesh_error for process, devices in seen.items()})
     ]
     if not findings and (mesh := seen[min(seen)].mesh):
         findings.append(Finding("ok", "mesh", mesh))
@@ -86,8 +84,7 @@ def _sums(seen: dict[int, DeviceFacts], facts: Sequence[ProcessFacts]) -> list[F
             "processes reach process 0 but perhaps not each other: see the firewall and, for GPUs, "
             "NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO",
         )
-        for error, processes in groups_of({process: devices.sum_error for process, devices in seen.items()})
-        if error is not None
+        for error, processes in reasons_of({process: devices.sum_error for process, devices in seen.items()})
     ]
     wrong = {
         process: sums

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from jdpo.doctor.device_diagnosis import diagnose_devices
-from jdpo.doctor.finding import MOST_NAMED, Finding, Level, differences, groups_of, groups_of_each, in_words, named
+from jdpo.doctor.finding import (
+    ABSENT,
+    MOST_NAMED,
+    Finding,
+    Level,
+    differences,
+    groups_of,
+    groups_of_each,
+    in_words,
+    named,
+    reasons_of,
+)
 from jdpo.doctor.folder_diagnosis import diagnose_folders
 from jdpo.doctor.process_facts import ProcessFacts
 from jdpo.words import figure, listed, memory
@@ -71,12 +82,11 @@ _ONLY_A_WARNING = ("NCCL_", "HF_", "XLA_PYTHON_CLIENT_", "XLA_CLIENT_MEM", "JAX_
 
 def _environment(facts: Sequence[ProcessFacts]) -> list[Finding]:
     findings = []
-    for error, processes in groups_of({each.process: each.flag_error for each in facts}):
-        if error is not None:
-            advice = "correct or remove it, as XLA ends the process"
-            if "xla_tpu" in error or "megascale" in error:
-                advice = "flags of libtpu belong into LIBTPU_INIT_ARGS"
-            findings.append(Finding("problem", "XLA_FLAGS", f"{error} on {named(processes, facts)}", advice))
+    for error, processes in reasons_of({each.process: each.flag_error for each in facts}):
+        advice = "correct or remove it, as XLA ends the process"
+        if "xla_tpu" in error or "megascale" in error:
+            advice = "flags of libtpu belong into LIBTPU_INIT_ARGS"
+        findings.append(Finding("problem", "XLA_FLAGS", f"{error} on {named(processes, facts)}", advice))
     for name, groups in differences({each.process: each.environment for each in facts}, "not set").items():
         level: Level = "warning" if name.startswith(_ONLY_A_WARNING) else "problem"
         findings.append(
@@ -97,9 +107,9 @@ def _everywhere(facts: Sequence[ProcessFacts]) -> str:
 
 
 def _code(facts: Sequence[ProcessFacts]) -> list[Finding]:
-    usual, _ = groups_of({each.process: tuple(each.code.items()) for each in facts})[0]
+    (usual, _), *others = groups_of({each.process: tuple(each.code.items()) for each in facts})
     findings = []
-    for code, processes in groups_of({each.process: tuple(each.code.items()) for each in facts})[1:]:
+    for code, processes in others:
         unlike = sorted({name for name, _ in set(code) ^ set(usual)})
         findings.append(
             Finding(
@@ -131,8 +141,7 @@ def _versions(facts: Sequence[ProcessFacts]) -> list[Finding]:
 def _config(facts: Sequence[ProcessFacts]) -> list[Finding]:
     findings = [
         Finding("problem", "config", f"{named(processes, facts)}: {error}", "every process has to read the same config")
-        for error, processes in groups_of({each.process: each.config_error for each in facts})
-        if error is not None
+        for error, processes in reasons_of({each.process: each.config_error for each in facts})
     ]
     tables = {each.process: each.config for each in facts if each.config is not None}
     if not tables:
@@ -149,34 +158,37 @@ def _config(facts: Sequence[ProcessFacts]) -> list[Finding]:
 
 
 def _files(facts: Sequence[ProcessFacts]) -> list[Finding]:
-    readable = {each.process: each.files for each in facts if not each.file_errors and each.files}
     findings = [
-        Finding("problem", "data and model", f"{named(processes, facts)}: {error}", "")
+        Finding("problem", "data and model", f"{named(processes, facts)}: {error}")
         for error, processes in groups_of_each({each.process: each.file_errors for each in facts})
     ]
     findings += [
-        Finding("warning", "data and model", f"{named(processes, facts)}: not compared: {what}", "")
+        Finding("warning", "data and model", f"{named(processes, facts)}: not compared: {what}")
         for what, processes in groups_of_each({each.process: each.slow_files for each in facts})
     ]
-    slow = {what.partition(": ")[0] for each in facts for what in each.slow_files}
-    unlike = {
-        name: groups for name, groups in differences(readable).items() if not any(name.startswith(one) for one in slow)
-    }
-    for name, groups in list(unlike.items())[:MOST_NAMED]:
-        others = "; ".join(
-            f"{named(processes, facts)} {'lacks it' if value == 'not there' else 'has another content'}"
-            for value, processes in groups[1:]
-        )
-        if groups[0][0] == "not there":
-            others = f"only {named(groups[1][1], facts)} has it"
-        rest = len(unlike) - MOST_NAMED
-        findings.append(Finding("problem", "data and model", f"{name}: {others}", "copy the same files to every host"))
-        if rest > 0 and name == list(unlike)[MOST_NAMED - 1]:
-            findings.append(Finding("problem", "data and model", f"{figure(rest, 'more file')} differ", ""))
+    readable = {each.process: each.files for each in facts if not each.file_errors and each.files}
+    slow = tuple(what.partition(": ")[0] for each in facts for what in each.slow_files)
+    unlike = [(name, groups) for name, groups in differences(readable).items() if not name.startswith(slow)]
+    findings += [
+        Finding("problem", "data and model", f"{name}: {_unlike(groups, facts)}", "copy the same files to every host")
+        for name, groups in unlike[:MOST_NAMED]
+    ]
+    if (rest := len(unlike) - MOST_NAMED) > 0:
+        findings.append(Finding("problem", "data and model", f"{figure(rest, 'more file')} differ"))
     if not findings and readable:
         count = len(next(iter(readable.values())))
         findings.append(Finding("ok", "data and model", f"{figure(count, 'file')}{_everywhere(facts)}"))
     return findings
+
+
+def _unlike(groups: Sequence[tuple[str, list[int]]], facts: Sequence[ProcessFacts]) -> str:
+    """Returns which processes have another content of a file than most, or not the file."""
+    if groups[0][0] == ABSENT:
+        return f"only {named(groups[1][1], facts)} has it"
+    return "; ".join(
+        f"{named(processes, facts)} {'lacks it' if digest == ABSENT else 'has another content'}"
+        for digest, processes in groups[1:]
+    )
 
 
 # --- clocks and memory

@@ -14,6 +14,9 @@ Level = Literal["ok", "warning", "problem", "skipped"]
 
 MOST_NAMED = 3
 
+ABSENT = "not there"
+"""The value of an entry that a process does not have."""
+
 
 class Finding(NamedTuple):
     """One line of the page.
@@ -67,8 +70,13 @@ def groups_of(values: Mapping[int, T]) -> list[tuple[T, list[int]]]:
     return sorted(found.items(), key=lambda group: (-len(group[1]), group[1][0]))
 
 
+def reasons_of(errors: Mapping[int, str | None]) -> list[tuple[str, list[int]]]:
+    """Returns (error, processes that have it), as `groups_of` does, without the processes that have none."""
+    return groups_of({process: error for process, error in errors.items() if error is not None})
+
+
 def differences(
-    tables: Mapping[int, Mapping[str, str]], absent: str = "not there"
+    tables: Mapping[int, Mapping[str, str]], absent: str = ABSENT
 ) -> dict[str, list[tuple[str, list[int]]]]:
     """Returns the entries that are not alike in all tables, as {name: groups of its values}.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jdpo.doctor.finding import Finding, groups_of, named, numbers
+from jdpo.doctor.finding import Finding, groups_of, named, numbers, reasons_of
 from jdpo.doctor.process_facts import FolderFacts, ProcessFacts
 from jdpo.words import listed, memory
 
@@ -34,8 +34,7 @@ def _folder(key: str, facts: Sequence[ProcessFacts]) -> list[Finding]:
             f"{named(processes, facts)} cannot write {tried[processes[0]].path}: {error}",
             _advice_on(key, tried[processes[0]]),
         )
-        for error, processes in groups_of({process: folder.error for process, folder in tried.items()})
-        if error is not None
+        for error, processes in reasons_of({process: folder.error for process, folder in tried.items()})
     ]
     findings += [
         Finding(
@@ -44,8 +43,7 @@ def _folder(key: str, facts: Sequence[ProcessFacts]) -> list[Finding]:
             f"{named(processes, facts)} cannot read what another process wrote: {error}",
             "run all processes as the same user, or give the group access",
         )
-        for error, processes in groups_of({process: folder.read_error for process, folder in tried.items()})
-        if error is not None
+        for error, processes in reasons_of({process: folder.read_error for process, folder in tried.items()})
     ]
     able = {process: folder for process, folder in tried.items() if folder.error is None and folder.read_error is None}
     if able:

@@ -1,6 +1,6 @@
-"""The muster: processes report to process 0 before they join, so that missing ones can be named.
+"""The roll call: processes report to process 0 before they join, so that missing ones can be named.
 
-JAX's coordination service does not tell who has come until all have. Until the muster ends, process 0 listens at the
+JAX's coordination service does not tell who has come until all have. Until the roll call ends, process 0 listens at the
 address of that service itself, so a process that cannot report could not have joined either.
 """
 
@@ -26,7 +26,7 @@ _GRACE_SECONDS = 30.0
 """How much longer a process waits for the answer than process 0 waits for the others: it may have come earlier."""
 
 
-class Muster(NamedTuple):
+class RollCall(NamedTuple):
     """Who has reported.
 
     Attributes:
@@ -47,7 +47,7 @@ class Muster(NamedTuple):
         return not (self.missing or self.faults or self.unreachable)
 
 
-def muster(membership: Membership, timeout: float) -> Muster:
+def call_roll(membership: Membership, timeout: float) -> RollCall:
     """Waits until all processes have reported to process 0, at most `timeout` seconds.
 
     Raises:
@@ -84,7 +84,7 @@ class _Roll:
         self._faults: list[str] = []
         self._waiting: list[tuple[int, socket.socket]] = []
 
-    def call(self, listener: socket.socket, timeout: float) -> Muster:
+    def call(self, listener: socket.socket, timeout: float) -> RollCall:
         end = time.monotonic() + timeout
         while len(self._hosts) < self._count and (left := end - time.monotonic()) > 0:
             if select.select([listener], [], [], left)[0]:
@@ -94,7 +94,7 @@ class _Roll:
                 if self._faults and was_well:  # waiting will not mend it; those just starting still hear of it
                     end = min(end, time.monotonic() + _FAULT_SECONDS)
         missing = tuple(index for index in range(self._count) if index not in self._hosts)
-        found = Muster(dict(self._hosts), missing, tuple(self._faults))
+        found = RollCall(dict(self._hosts), missing, tuple(self._faults))
         for _, connection in self._waiting:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 connection.sendall(json.dumps(found._asdict()).encode() + b"\n")
@@ -128,7 +128,7 @@ def _is_open(connection: socket.socket) -> bool:
     return not select.select([connection], [], [], 0)[0]
 
 
-def _report(membership: Membership, here: str, timeout: float) -> Muster:
+def _report(membership: Membership, here: str, timeout: float) -> RollCall:
     host, _, port = membership.coordinator_address.rpartition(":")
     end = time.monotonic() + timeout
     why = ""
@@ -144,12 +144,12 @@ def _report(membership: Membership, here: str, timeout: float) -> Muster:
         except (OSError, ValueError) as error:  # not up yet, or not process 0 of jdpo doctor
             why = str(error)
         time.sleep(_BETWEEN_ATTEMPTS)
-    return Muster({membership.process_id: here}, unreachable=why or "no answer")
+    return RollCall({membership.process_id: here}, unreachable=why or "no answer")
 
 
-def _read(values: Mapping[str, Any]) -> Muster:
+def _read(values: Mapping[str, Any]) -> RollCall:
     hosts = {int(index): str(host) for index, host in values["hosts"].items()}
-    return Muster(hosts, tuple(map(int, values["missing"])), tuple(map(str, values["faults"])))
+    return RollCall(hosts, tuple(map(int, values["missing"])), tuple(map(str, values["faults"])))
 
 
 def _line(connection: socket.socket, seconds: float) -> bytes:

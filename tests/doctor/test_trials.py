@@ -21,7 +21,7 @@ from jdpo.doctor.device_trial import flag_error, unused_accelerators
 from jdpo.doctor.folder_trial import FolderTrial, mount_of
 from jdpo.doctor.local_facts import compared_environment
 from jdpo.doctor.mirror_trial import MirrorTrial
-from jdpo.doctor.muster import Muster, muster
+from jdpo.doctor.roll_call import RollCall, call_roll
 from jdpo.doctor.time_limit import TimeLimits
 from jdpo.file_digests import code_digests
 from jdpo.processes import Membership
@@ -31,12 +31,12 @@ LONG = 60.0
 """Seconds that only guard against a hang."""
 
 
-def mustered(indices: list[int], *, count: int, timeout: float = LONG) -> list[Muster]:
+def mustered(indices: list[int], *, count: int, timeout: float = LONG) -> list[RollCall]:
     """Lets processes with these indices report, as threads."""
     address = f"127.0.0.1:{free_port()}"
     with ThreadPoolExecutor(len(indices)) as pool:
-        calls: list[Future[Muster]] = [
-            pool.submit(muster, Membership("hand", address, count, index), timeout) for index in indices
+        calls: list[Future[RollCall]] = [
+            pool.submit(call_roll, Membership("hand", address, count, index), timeout) for index in indices
         ]
         return [call.result() for call in calls]
 
@@ -67,8 +67,8 @@ def test_two_processes_with_one_index_are_named() -> None:
 def test_processes_that_expect_another_number_are_named() -> None:
     address = f"127.0.0.1:{free_port()}"
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(muster, Membership("hand", address, 3, 0), LONG)
-        other = pool.submit(muster, Membership("hand", address, 4, 3), LONG)
+        first = pool.submit(call_roll, Membership("hand", address, 3, 0), LONG)
+        other = pool.submit(call_roll, Membership("hand", address, 4, 3), LONG)
         assert "as one of 4 processes, and process 0 as one of 3" in first.result().faults[0]
         assert other.result().faults == first.result().faults
 
@@ -76,12 +76,12 @@ def test_processes_that_expect_another_number_are_named() -> None:
 def test_other_visitors_of_the_port_do_no_harm() -> None:
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(muster, Membership("hand", f"127.0.0.1:{port}", 2, 0), LONG)
+        first = pool.submit(call_roll, Membership("hand", f"127.0.0.1:{port}", 2, 0), LONG)
         for said in (b"GET / HTTP/1.1\n", b'{"process": "x"}\n', b"\n"):
             with connected(port) as visitor:
                 visitor.sendall(said)
                 assert visitor.recv(100) == b""  # closed without an answer
-        second = pool.submit(muster, Membership("hand", f"127.0.0.1:{port}", 2, 1), LONG)
+        second = pool.submit(call_roll, Membership("hand", f"127.0.0.1:{port}", 2, 1), LONG)
         assert first.result().complete
         assert second.result().complete
 
@@ -101,19 +101,19 @@ def connected(port: int) -> Iterator[socket.socket]:
 def test_a_process_that_was_started_again_counts_once() -> None:
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(muster, Membership("hand", f"127.0.0.1:{port}", 3, 0), LONG)
+        first = pool.submit(call_roll, Membership("hand", f"127.0.0.1:{port}", 3, 0), LONG)
         # Process 0 hears them in the order in which they connect.
         with connected(port) as early, connected(port) as later:
             early.sendall(json.dumps({"process": 1, "count": 3, "host": "a, pid 1"}).encode() + b"\n")
             early.shutdown(socket.SHUT_RDWR)
             later.sendall(json.dumps({"process": 1, "count": 3, "host": "a, pid 2"}).encode() + b"\n")
-            assert muster(Membership("hand", f"127.0.0.1:{port}", 3, 2), LONG).complete
+            assert call_roll(Membership("hand", f"127.0.0.1:{port}", 3, 2), LONG).complete
         assert first.result().hosts[1] == "a, pid 2"
 
 
 def test_a_port_in_use_is_an_error_that_says_so() -> None:
     with socket.create_server(("", 0)) as taken, pytest.raises(ConnectionError, match="cannot listen"):
-        muster(Membership("hand", f"127.0.0.1:{taken.getsockname()[1]}", 2, 0), 1.0)
+        call_roll(Membership("hand", f"127.0.0.1:{taken.getsockname()[1]}", 2, 0), 1.0)
 
 
 def test_processes_see_what_others_write_in_a_shared_folder(tmp_path: Path) -> None:

@@ -90,11 +90,6 @@ class Machine:
         return None if self.is_gpu else "x".join(map(str, self.torus))
 
     @property
-    def gke_machine_type(self) -> str | None:
-        """The machine type of a node pool of such hosts; None for GPUs, which several types offer."""
-        return None if self.is_gpu else f"{self._tpu.machine_type}-{self.chips_per_host}t"
-
-    @property
     def version(self) -> str:
         """The name without counts: v5e, v5p, v6e, tpu7x, h100 or h200."""
         return next(name for name, row in (_TPUS | _GPUS).items() if row.kind == self.kind)
@@ -112,7 +107,7 @@ class Machine:
 
     @property
     def target(self) -> Target:
-        """What code that chooses by platform is told."""
+        """Its platform, for code that chooses by platform."""
         from jdpo.devices import Target
 
         return Target("gpu", _CAPABILITY) if self.is_gpu else Target("tpu")
@@ -155,7 +150,6 @@ class _Tpu(NamedTuple):
       gcloud: the name before the number of an accelerator type, or None.
       software: the image of a TPU VM, or None.
       gke_accelerator: a node label.
-      machine_type: of a host, without its number of chips.
     """
 
     kind: str
@@ -166,19 +160,16 @@ class _Tpu(NamedTuple):
     gcloud: str | None
     software: str | None
     gke_accelerator: str
-    machine_type: str
 
 
 # Hosts and names: https://cloud.google.com/tpu/docs (the page of each version) and
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. The hosts that they count are VMs here.
 _TPUS: dict[str, _Tpu] = {
-    "v5e": _Tpu(
-        "TPU v5 lite", _SQUARES, 1, 1, 8, "v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu"
-    ),
+    "v5e": _Tpu("TPU v5 lite", _SQUARES, 1, 1, 8, "v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
     # names count TensorCores: v5p-64 has 32 chips, and as many devices
-    "v5p": _Tpu("TPU v5p", _CUBES, 2, 1, 4, "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu"),
-    "v6e": _Tpu("TPU v6 lite", _SQUARES, 1, 1, 8, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard"),
-    "tpu7x": _Tpu("TPU7x", _CUBES, 2, 2, 4, None, None, "tpu7x", "tpu7x-standard"),
+    "v5p": _Tpu("TPU v5p", _CUBES, 2, 1, 4, "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice"),
+    "v6e": _Tpu("TPU v6 lite", _SQUARES, 1, 1, 8, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice"),
+    "tpu7x": _Tpu("TPU7x", _CUBES, 2, 2, 4, None, None, "tpu7x"),
 }
 _CHIPS_OF_A_HOST = 4
 """Chips of each host of a slice of several hosts, of every version."""

@@ -19,10 +19,9 @@ from jdpo.planning.links import Place, split_wire_bytes
 from jdpo.planning.machines import machine_of
 from jdpo.planning.plan_target import plan_target, step_limit
 from jdpo.planning.planner.plan_cache import plan_key
-from jdpo.planning.planner.planned_run import planned_mode, planned_run
+from jdpo.planning.planner.planned_run import planned_run
 from jdpo.planning.planner.step_search import search_step
 from jdpo.planning.target_plan import TargetPlan
-from jdpo.training.setup.tasks import task_for
 from tests.planning.test_memory_kinds import tiny_config
 
 SHAPES = Path(__file__).resolve().parents[2] / "benchmarks" / "shapes"
@@ -69,8 +68,7 @@ def test_a_batch_that_no_mesh_splits_is_refused(tmp_path: Path) -> None:
 
 def test_the_reference_is_where_a_first_run_has_it(tmp_path: Path) -> None:
     def mode(*words: str) -> str:
-        config = tiny_config(tmp_path, *words)
-        return planned_mode(config, task_for(config))
+        return planned_run(tiny_config(tmp_path, *words), jax.devices(), LENGTHS).mode
 
     assert mode("reference=auto") == "live"
     assert mode("reference=auto", "num_train_epochs=2") == "cached"

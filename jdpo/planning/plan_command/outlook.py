@@ -25,7 +25,6 @@ class Outlook:
     Attributes:
       plan: of a step; None where planning failed.
       failure: why it failed; None where it did not.
-      step_seconds: of a step; None where it does not fit.
       training_seconds: of all steps; None where one or the other is not known.
       reference_seconds: of the reference's log-probs, computed once; None likewise or where there is no such pass.
       price_per_hour: of the whole machine; None where the user gives none.
@@ -34,7 +33,6 @@ class Outlook:
     machine: Machine
     plan: TargetPlan | None
     failure: str | None
-    step_seconds: Range | None = None
     training_seconds: Range | None = None
     reference_seconds: Range | None = None
     price_per_hour: float | None = None
@@ -75,19 +73,17 @@ def outlook(
       adapters: True if adapters alone are trained.
       price_per_hour: of the whole machine.
     """
-    step = training = reference = None
-    if plan.fits and plan.step_seconds is not None:
-        step = plan.step_seconds
-        if run.num_steps is not None:
-            training = step[0] * run.num_steps, step[1] * run.num_steps
-            if run.reference_steps:
-                least, most = REFERENCE_SHARE_OF_ADAPTERS if adapters else REFERENCE_SHARE
-                reference = step[0] * least * run.reference_steps, step[1] * most * run.reference_steps
+    training = reference = None
+    if plan.step_seconds is not None and run.num_steps is not None:
+        low, high = plan.step_seconds
+        training = low * run.num_steps, high * run.num_steps
+        if run.reference_steps:
+            least, most = REFERENCE_SHARE_OF_ADAPTERS if adapters else REFERENCE_SHARE
+            reference = low * least * run.reference_steps, high * most * run.reference_steps
     return Outlook(
         machine=machine,
         plan=plan,
         failure=None,
-        step_seconds=step,
         training_seconds=training,
         reference_seconds=reference,
         price_per_hour=price_per_hour,

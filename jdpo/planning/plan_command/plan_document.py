@@ -84,7 +84,6 @@ def _target(question: Question, outlook: Outlook) -> Json:
     return (
         found
         | _step(plan)
-        | _ends("step_seconds", outlook.step_seconds)
         | _ends("training_seconds", outlook.training_seconds)
         | _ends("reference_seconds", outlook.reference_seconds)
         | _ends("run_seconds", outlook.run_seconds)
@@ -113,7 +112,7 @@ def _step(plan: TargetPlan) -> Json:
         "wire_across_bytes": plan.wire_across_bytes,
         "slots_per_token": plan.padding,
         "tokens_per_step": plan.tokens_per_step,
-        **_ends("planned_step_seconds", plan.step_seconds),
+        **_ends("step_seconds", plan.step_seconds),
         **_ends("mfu", plan.mfu),
         "rests_on": plan.rests_on,
         "compilations": plan.num_compilations,

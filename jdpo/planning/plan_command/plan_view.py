@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jdpo.planning.plan_command.outlook import Outlook
+from jdpo.planning.plan_command.outlook import Outlook, Range
 from jdpo.planning.plan_command.pasted_settings import pasted_settings
 from jdpo.planning.plan_command.plan_document import Question
 from jdpo.planning.plan_command.ranges import money_range, number_range, time_range
@@ -122,8 +122,8 @@ def _row(question: Question, outlook: Outlook) -> dict[str, str]:
         "optimizer": plan.optimizer if another else "",
         "memory": percent(plan.peak_bytes / plan.limit_bytes),
     }
-    if outlook.step_seconds is not None:
-        row["step"] = time_range(outlook.step_seconds)
+    if plan.step_seconds is not None:
+        row["step"] = time_range(plan.step_seconds)
     if outlook.run_seconds is not None:
         row["run"] = time_range(outlook.run_seconds)
     if outlook.cost is not None:
@@ -163,8 +163,8 @@ def _details(question: Question, outlook: Outlook) -> Iterator[Line]:
     if plan.error is not None:
         yield "compiler", _shortened(plan.error)
     yield from _work(question, plan)
-    if outlook.step_seconds is not None:
-        yield from _time(question, outlook)
+    if plan.step_seconds is not None:
+        yield from _time(question, outlook, plan, plan.step_seconds)
     how = figure(plan.num_compilations, "compilation") if plan.how == "compiled" else "by formula, nothing was compiled"
     yield "made", f"{how}{'; planned earlier, from the cache' if plan.from_cache else ''}"
     for suggestion in plan.suggestions:
@@ -192,15 +192,11 @@ def _work(question: Question, plan: TargetPlan) -> Iterator[Line]:
         yield "links", f"a device sends {memory(plan.wire_inside_bytes)} per step within its slice or node{across}"
 
 
-def _time(question: Question, outlook: Outlook) -> Iterator[Line]:
-    plan = outlook.plan
-    assert plan is not None
-    assert plan.step_seconds is not None
-    low, high = sorted(plan.step_seconds)
+def _time(question: Question, outlook: Outlook, plan: TargetPlan, step_seconds: Range) -> Iterator[Line]:
+    low, high = step_seconds
     speed = number_range((plan.tokens_per_step / high, plan.tokens_per_step / low))
-    mfu = "" if plan.mfu is None else f"; MFU {number_range(tuple(100 * share for share in sorted(plan.mfu)))} %"  # type: ignore[arg-type]
-    assert outlook.step_seconds is not None
-    yield "speed", f"{time_range(outlook.step_seconds)} per step, {speed} tokens per second{mfu}"
+    mfu = "" if plan.mfu is None else f"; MFU {number_range((100 * plan.mfu[0], 100 * plan.mfu[1]))} %"
+    yield "speed", f"{time_range(step_seconds)} per step, {speed} tokens per second{mfu}"
     if outlook.run_seconds is not None and outlook.training_seconds is not None:
         before = outlook.reference_seconds
         more = "" if before is None else f" and {time_range(before)} for the reference's log-probs, once"

@@ -7,9 +7,10 @@ import dataclasses
 from jdpo.config import OptimizationSettings, ReferenceSettings
 from jdpo.data.batching.loader import num_steps_per_epoch
 from jdpo.planning.plan_command.row_lengths import RowLengths
+from jdpo.planning.planner.planned_run import planned_mode
 from jdpo.training.setup.row_order import num_steps_of
 from jdpo.training.setup.tasks import Task
-from jdpo.training.setup.validation import Mode, fixed_mode
+from jdpo.training.setup.validation import Mode
 from jdpo.words import figure
 
 
@@ -64,7 +65,11 @@ def run_length(
         num_steps = None
         why = "not known: give the number of rows as --num_rows N, or max_steps=N"
     repeats = _repeats_rows(settings, num_steps, steps_per_epoch)
-    mode, notes = _reference(reference, task, repeats)
+    mode, chosen = planned_mode(reference, task, repeats_rows=repeats)
+    notes = []
+    if chosen:
+        passes = "more than one pass" if repeats else "one pass"
+        notes.append(f"reference auto is planned as {mode}: {passes} over the rows, and nothing cached")
     reference_steps = 0.0
     if mode == "cached":
         every_row = num_rows or rows.num_rows
@@ -80,16 +85,3 @@ def _repeats_rows(settings: OptimizationSettings, num_steps: int | None, steps_p
     if num_steps is not None and steps_per_epoch is not None:
         return num_steps > steps_per_epoch
     return not settings.max_steps and settings.num_train_epochs > 1
-
-
-def _reference(reference: ReferenceSettings | None, task: Task, repeats: bool) -> tuple[Mode, list[str]]:
-    """Returns the mode of the reference, and what was assumed."""
-    if reference is None:
-        return "none", []
-    asked = reference.reference
-    mode = fixed_mode(asked, needs_reference=task.uses_reference, sync_ref_model=reference.sync_ref_model)
-    if mode is not None or asked == "cached":
-        return mode or "cached", []
-    # As a run decides that finds nothing in the cache: a second pass over the rows pays for it.
-    mode, why = ("cached", "more than one pass") if repeats else ("live", "one pass")
-    return mode, [f"reference auto is planned as {mode}: {why} over the rows, and nothing cached"]

@@ -88,11 +88,12 @@ def planned_run(config: TrainConfig, devices: Sequence[Any], lengths: Sequence[S
       ValueError: settings that do not fit each other or the devices, or lengths that do not fit the command.
     """
     task = task_for(config)
-    mode = planned_mode(config, task)
+    reference = config if isinstance(config, ReferenceSettings) else None
+    mode, _ = planned_mode(reference, task, repeats_rows=config.num_train_epochs > 1)
     mesh_config = choose_mesh(config, devices, read_model_config(Path(config.model_name_or_path)))
     config = dataclasses.replace(config, mesh=mesh_config)
     setup = setup_without_rows(config, task, make_mesh(mesh_config, devices))
-    other = config.reference_model if isinstance(config, ReferenceSettings) else None
+    other = None if reference is None else reference.reference_model
     if other is not None and other != config.model_name_or_path:
         setup = dataclasses.replace(setup, reference_folder=Path(other))  # weights of its own, of the same shape
     size = config.global_batch_size
@@ -105,14 +106,20 @@ def planned_run(config: TrainConfig, devices: Sequence[Any], lengths: Sequence[S
     return PlannedRun(config=config, assembly=assembly, mode=mode, rows=rows, steps=steps)
 
 
-def planned_mode(config: TrainConfig, task: Task) -> Mode:
-    """Returns where a first run takes the reference's log-probs from: auto caches if rows are read more than once."""
-    if not isinstance(config, ReferenceSettings) or task.loss is None:
-        return "none"
-    mode = fixed_mode(config.reference, needs_reference=task.uses_reference, sync_ref_model=config.sync_ref_model)
-    if mode is not None:
-        return mode
-    return "cached" if config.reference == "cached" or config.num_train_epochs > 1 else "live"
+def planned_mode(settings: ReferenceSettings | None, task: Task, *, repeats_rows: bool) -> tuple[Mode, bool]:
+    """Returns where a first run takes the reference's log-probs from, and whether that is a choice of `auto`.
+
+    Args:
+      settings: None for a supervised run.
+      repeats_rows: True if the run passes over its rows more than once, which pays for a cache.
+    """
+    if settings is None:
+        return "none", False
+    asked = settings.reference
+    mode = fixed_mode(asked, needs_reference=task.uses_reference, sync_ref_model=settings.sync_ref_model)
+    if mode is not None or asked == "cached":
+        return mode or "cached", False
+    return ("cached" if repeats_rows else "live"), True
 
 
 def choose_mesh(config: TrainConfig, devices: Sequence[Any], model: ModelConfig) -> MeshConfig:

@@ -140,7 +140,12 @@ class RunMirror:
         given_up = self._patience(signalled=signalled, leaves=alone)
         if self._follower is not None:
             self._follower.close(given_up)
-        problem = self._end_uploads(given_up, leaves=alone) if self._leader is not None else None
+        problem = None
+        if self._leader is not None:
+            try:
+                problem = self._end_uploads(given_up, leaves=alone)
+            except (OSError, ValueError) as fault:  # of output_dir, and perhaps what ends the run: a disk that is full
+                problem = f"the uploads to the mirror {self._store.address} cannot be ended: {fault}"
         if problem is not None and (error is not None or not self._directory.record.finished):
             self._log(f"warning: {problem}")
             problem = None

@@ -170,6 +170,19 @@ def test_the_watchdog_takes_uploads_for_progress_in_whatever_phase_a_run_ends(
         PROGRESS.begin()
 
 
+def test_what_ends_a_run_is_told_also_where_its_folder_cannot_be_written(config: Callable[..., DPOConfig]) -> None:
+    lines: list[str] = []
+
+    def fails() -> None:
+        with opened(config(), lines.append) as (directory, _):
+            shutil.rmtree(directory.path / ".mirror")  # as a full disk: nothing can be written there
+            raise OSError("the checkpoint of step 1 could not be written. Free some space")
+
+    with pytest.raises(OSError, match="Free some space"):
+        fails()
+    assert "cannot be ended" in lines[-1]
+
+
 @pytest.mark.ci  # it waits for the pauses between five attempts
 def test_a_finished_run_that_could_not_be_copied_says_so(config: Callable[..., DPOConfig], tmp_path: Path) -> None:
     start(config(), print, 1)

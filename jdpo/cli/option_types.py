@@ -31,6 +31,13 @@ def count(word: str) -> int:
     return int(word)
 
 
+def count_or_none(word: str) -> int:
+    """Reads a whole number of 0 or more."""
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of 0 or more, found {word!r}")
+    return int(word)
+
+
 def above_zero(word: str) -> float:
     """Reads a finite number above 0."""
     try:

@@ -163,6 +163,8 @@ def _check_volume(request: LaunchRequest, options: JobSetOptions) -> None:
 
 
 def _check_names(options: JobSetOptions) -> None:
+    if options.spot and options.reservation:
+        raise ValueError("--spot and --reservation exclude each other: nodes of a reservation are not spot nodes")
     checked_image(options.image)
     checked_namespace(options.namespace)
     for name in ("volume", "secret_store", "service_account", "queue"):

@@ -68,9 +68,10 @@ def checked_image(image: str) -> str:
     'us-docker.pkg.dev/project/repository/jdpo:0.2.0'
     """
     digest, tag = r"@sha256:[0-9a-f]{64}", r":[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
-    if not re.fullmatch(rf"[a-z0-9]([a-z0-9._/-]|:\d+/)*[a-z0-9]({tag})?({digest})?", image):
+    if not re.fullmatch(rf"[a-z0-9]([a-z0-9._/-]|:\d+/)*[a-z0-9](({tag})?{digest}|{tag})", image):
         raise ValueError(
             f"--image {image!r}: expected the name of an image with its tag or digest, such as "
-            "us-docker.pkg.dev/PROJECT/REPOSITORY/jdpo:0.2.0, with a lower-case name"
+            "us-docker.pkg.dev/PROJECT/REPOSITORY/jdpo:0.2.0, with a lower-case name; without a tag, pods that start "
+            "later may get another image"
         )
     return image

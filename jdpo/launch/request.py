@@ -102,7 +102,8 @@ def make_request(
       ValueError: the config is wrong, a name is not allowed, or a variable seems to hold a secret.
     """
     if not config_path.is_file():
-        raise ValueError(f"{config_path}: there is no such file; expected the YAML config of a run")
+        found = "a folder" if config_path.is_dir() else "no such file"
+        raise ValueError(f"{config_path}: expected the YAML config of a run, found {found}")
     # `reference` reads the config of a DPO run.
     config = load_config(CONFIGS["sft" if command == "sft" else "dpo"], config_path, list(overrides), complete=True)
     variables = pairs_of(tuple(env), "env")
@@ -182,6 +183,11 @@ def _checked_name(name: str) -> str:
 def _check_variables(env: Iterable[str], secrets: Iterable[str]) -> None:
     env = list(env)
     for name in (*env, *secrets):
+        given, equals, _ = name.partition("=")
+        if equals:  # what follows may be the secret, and is not shown
+            raise ValueError(
+                f"--secret {given}=...: expected the name alone; its value belongs in the launcher's store of secrets"
+            )
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(
                 f"{name!r} is no name of an environment variable: letters, digits and _, with no digit first"

@@ -41,6 +41,19 @@ def check_lines(options: Any, *names: str) -> None:
             one_line(each, f"--{name}")
 
 
+def check_passed_on(options: Any, *names: str) -> None:
+    """Checks options whose values are options of another program, such as --qos=high.
+
+    Raises:
+      ValueError: one has no dashes, so that the program would take it for something else, or fits on no line.
+    """
+    check_lines(options, *names)
+    for name in names:
+        for each in getattr(options, name):
+            if not each.startswith("-"):
+                raise ValueError(f"--{name} {each!r}: expected an option with its dashes: --{name}=--NAME=VALUE")
+
+
 def cache_folder(cache: str, environ: Mapping[str, str]) -> str:
     """Returns the folder for caches.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -12,8 +13,24 @@ from jdpo.launch.launched import Advice, Launch, export_secrets
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import CACHE, CHDIR, SETUP, cache_folder, check_lines, one_line, path_in, working_folder
+from jdpo.launch.shell_words import (
+    CACHE,
+    CHDIR,
+    SETUP,
+    cache_folder,
+    check_lines,
+    check_passed_on,
+    one_line,
+    path_in,
+    working_folder,
+)
 from jdpo.planning.machines import GPUS_OF_NODE, Machine
+
+_MOST_GRACE_SECONDS = 65535
+"""Of sbatch --signal."""
+
+_TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"
+"""Time limits that sbatch reads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +106,18 @@ def _check(machine: Machine, options: SlurmOptions) -> None:
         raise ValueError(
             f"--tasks_per_node {options.tasks_per_node}: the {gpus} GPUs of a node cannot be shared equally"
         )
-    check_lines(options, "partition", "account", "time", "setup", "sbatch", "srun")
+    if options.grace_seconds > _MOST_GRACE_SECONDS:
+        raise ValueError(
+            f"--grace_seconds {options.grace_seconds}: Slurm signals at most {_MOST_GRACE_SECONDS} seconds before the "
+            "time limit"
+        )
+    if options.time and not re.fullmatch(_TIME, options.time):
+        raise ValueError(
+            f"--time {options.time!r}: expected minutes, hours:minutes:seconds or days-hours, such as 90, 24:00:00 or "
+            "7-0, as in sbatch"
+        )
+    check_lines(options, "partition", "account", "setup")
+    check_passed_on(options, "sbatch", "srun")
 
 
 def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, logs: Path) -> list[tuple[str, str]]:

@@ -91,7 +91,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1
             else ""
         )
         raise ValueError(
-            f"mesh {asked} does not fit the {found} found here{in_slices}; for {found} "
+            f"mesh {asked} does not fit the {found}{in_slices}; for {found} "
             f"these do, as {' x '.join(AXES)}: {_valid_shapes(num_devices, config.expert, num_slices)}"
         )
     return tuple(sizes.values())

@@ -281,6 +281,8 @@ def test_the_root_user_and_labels_of_other_clouds(config: Path) -> None:
         (["--name", "Bad_Name"], "'bad-name'"),
         (["--name", "a" * 41], "40"),
         (["--image", "jdpo image"], "--image"),
+        (["--image", "repo/jdpo"], "without a tag"),
+        (["--spot", "--reservation", "mine"], "exclude each other"),
         (["--namespace", "Team"], "--namespace"),
         (["--volume", "my claim"], "--volume"),
         (["--secret_store", "A"], "--secret_store"),

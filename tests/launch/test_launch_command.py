@@ -122,6 +122,16 @@ def test_what_is_missing_is_named_with_what_to_do(config: Path, fake: Fake, caps
     assert "--on MACHINE is missing" in refusal(["jobset", "dpo.yaml"], capsys)
     assert "config is missing" in refusal(["jobset"], capsys)
     assert "no such file" in refusal(["jobset", "no.yaml", *JOBSET[2:]], capsys)
+    Path("folder.yaml").mkdir()
+    assert "found a folder" in refusal(["jobset", "folder.yaml", *JOBSET[2:]], capsys)
+    for option in ("--name", "--on", "--env", "--secret", "--node_selector"):
+        assert "it is empty" in refusal([*JOBSET, option, ""], capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_named(config: Path, fake: Fake, capsys: Capture) -> None:
+    calls = fake("kubectl", KUBECTL)
+    assert "--folder" in refusal([*JOBSET, "--folder", "dpo.yaml/launch"], capsys)
+    assert not calls.exists()
 
 
 def test_wrong_words_name_what_is_near(config: Path, capsys: Capture) -> None:
@@ -132,7 +142,12 @@ def test_wrong_words_name_what_is_near(config: Path, capsys: Capture) -> None:
     assert "did you mean '--image'" in refusal([*JOBSET, "--imag", "x"], capsys)
     assert "the launcher comes first" in refusal(["--on", "v6e-16"], capsys)
     assert "such as beta=0.2" in refusal([*JOBSET, "beta"], capsys)
-    assert "1 or more" in refusal([*JOBSET, "--max_restarts", "0"], capsys)
+    assert "0 or more" in refusal([*JOBSET, "--max_restarts", "-1"], capsys)
+    assert "after the config as beta=VALUE" in refusal([*JOBSET, "--beta", "0.2"], capsys)
+    assert "on one machine" in refusal([*JOBSET, "--on", "v6e-8"], capsys)
+    message = refusal([*JOBSET, "--secret", "HF_TOKEN=hf_abc"], capsys)
+    assert "the name alone" in message
+    assert "hf_abc" not in message
     assert main(["submit"]) == 2
     assert "jdpo launch" in capsys.readouterr().err
 

@@ -134,6 +134,10 @@ def test_a_required_secret_comes_from_the_environment(calls: Path, monkeypatch: 
         (["--on", "h100x8", "--tasks_per_node", "3"], "cannot be shared equally"),
         (["--on", "h100x8", "--partition", "a\nb"], "on one line"),
         (["--on", "h100x8", "--chdir", "here"], "expected an absolute path"),
+        (["--on", "h100x8", "--time", "1 day"], "such as 90, 24:00:00 or 7-0"),
+        (["--on", "h100x8", "--grace_seconds", "70000"], "at most 65535"),
+        (["--on", "h100x8", "--sbatch", "qos=high"], "--sbatch=--NAME=VALUE"),
+        (["--on", "h100x8", "--srun=mpi"], "--srun=--NAME=VALUE"),
     ],
 )
 def test_what_slurm_cannot_do_is_refused(

@@ -58,14 +58,14 @@ def read_prices(path: Path) -> Prices:
     """
     text, values = _read(path)
     places = _Lines(path, text)
-    if not isinstance(values, dict) or not {PER_CHIP, PER_TARGET} & {*values}:
-        raise ValueError(f"{path}: expected {PER_CHIP} or {PER_TARGET}, such as\n\n{EXAMPLE}\n\n(invented numbers)")
-    for key in values:
+    for key in values if isinstance(values, dict) else ():
         if key not in ("currency", PER_CHIP, PER_TARGET):
             hint = did_you_mean(str(key), ("currency", PER_CHIP, PER_TARGET))
             where = places.of(key)
             expected = hint or f"expected currency, {PER_CHIP} and {PER_TARGET}"
             raise ValueError(f"{where}: unknown key {key!r}; {expected}")
+    if not isinstance(values, dict) or not {PER_CHIP, PER_TARGET} & {*values}:
+        raise ValueError(f"{path}: expected {PER_CHIP} or {PER_TARGET}, such as\n\n{EXAMPLE}\n\n(invented numbers)")
     currency = values.get("currency", "")
     if not isinstance(currency, str):
         raise ValueError(f"{places.of('currency')}: currency: expected a text such as EUR, found {currency!r}")
@@ -83,6 +83,8 @@ def _read(path: Path) -> tuple[str, Any]:
         return text, load_yaml(text, name=str(path))
     except FileNotFoundError:
         raise ValueError(f"no file of prices at {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"expected a YAML file of prices, found the folder {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prices in {path}: {error}") from error
     except yaml.YAMLError as error:

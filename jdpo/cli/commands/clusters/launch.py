@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jdpo.cli.option_types import count, not_empty
+from jdpo.cli.option_types import count, count_or_none, not_empty
 from jdpo.cli.parsing import Parser, add_help, kept, spellings
-from jdpo.config import public_text
+from jdpo.config import command_of, public_text
 from jdpo.launch.launch_options import LaunchOption, options_of, read_options
 from jdpo.launch.launched import Advice, Launch, listed_advice
 from jdpo.launch.launchers import LAUNCHERS, launcher_of
@@ -60,7 +60,11 @@ def parser(launcher: str | None = None) -> Parser:
 
 def _add_common_options(options: Any) -> None:
     options.add_argument(
-        "--on", metavar="MACHINE", help="What to run on, such as v6e-16, 2xv5e-16 or h100x8 (required)."
+        "--on",
+        action="append",
+        type=not_empty,
+        metavar="MACHINE",
+        help="What to run on, such as v6e-16, 2xv5e-16 or h100x8 (required).",
     )
     options.add_argument("--command", choices=RUNS, default="dpo", help="The jdpo command to run (default: dpo).")
     options.add_argument(
@@ -68,24 +72,33 @@ def _add_common_options(options: Any) -> None:
     )
     options.add_argument("--doctor", action="store_true", help="Run `jdpo doctor` on all nodes before each start.")
     options.add_argument(
-        "--name", default="", metavar="NAME", help="Name of the job; by default made of CONFIG's name."
+        "--name",
+        type=not_empty,
+        metavar="NAME",
+        help="Name of the job; by default made of CONFIG's name.",
     )
     options.add_argument(
         "--folder", type=not_empty, metavar="FOLDER", help="Where to write the files (default: output_dir/launch)."
     )
     options.add_argument(
         *spellings("--max_restarts"),
-        type=count,
+        type=count_or_none,
         default=20,
         metavar="N",
         help="How often the run is started again (default: 20).",
     )
     options.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="Set an environment variable; may be repeated."
+        "--env",
+        action="append",
+        type=not_empty,
+        default=[],
+        metavar="NAME=VALUE",
+        help="Set an environment variable; may be repeated.",
     )
     options.add_argument(
         "--secret",
         action="append",
+        type=not_empty,
         default=[],
         metavar="NAME",
         help="Take this environment variable from the launcher's store of secrets, so that its value is in no file; "
@@ -100,7 +113,7 @@ def _add_option(group: Any, one: LaunchOption) -> None:
     if one.kind is bool:
         group.add_argument(*names, action="store_true", help=text)
     elif one.kind is tuple:
-        group.add_argument(*names, action="append", default=[], metavar=one.metavar, help=text)
+        group.add_argument(*names, action="append", type=not_empty, default=[], metavar=one.metavar, help=text)
     else:
         kind: Any = count if one.kind is int else not_empty
         # None for what is not given: argparse would check a default as if it were.
@@ -125,7 +138,10 @@ def main(command: str, words: Sequence[str]) -> int:
         _print(listed_advice("Then:", launch.after))
         return 0
     launch.check_programs()
-    launch.write()
+    try:
+        launch.write()
+    except OSError as error:
+        raise ValueError(f"cannot write the files of the launch: {error}; --folder names another folder") from error
     for path in launch.files:
         _print(f"wrote {path}")
     code = run_commands(launch.commands, _print)
@@ -165,6 +181,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         raise _foreign_option(error, words) from None
     if asked.on is None:
         raise ValueError("--on MACHINE is missing: what to run on, such as v6e-16, 2xv5e-16 or h100x8")
+    if len(asked.on) > 1:
+        raise ValueError(
+            f"--on {' and '.join(asked.on)}: a run is launched on one machine; `jdpo plan` compares several"
+        )
+    asked.on = asked.on[0]
     for word in asked.overrides:
         if "=" not in word:
             raise ValueError(f"cannot read {word!r}; after the config come keys with their values, such as beta=0.2")
@@ -172,13 +193,16 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _foreign_option(error: ValueError, words: Sequence[str]) -> ValueError:
-    """Returns the error about the options, naming the launcher that has an option which this one has not."""
+    """Returns the error about the options: a word may be an option of another launcher, or a key of the config."""
     given = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in words if word.startswith("--")}
     own = {one.name for one in options_of(LAUNCHERS[words[0]].options)}
     for name, each in LAUNCHERS.items():
         theirs = given & ({one.name for one in options_of(each.options)} - own)
         if theirs:
             return ValueError(f"--{min(theirs)} is an option of `jdpo launch {name}`, not of {words[0]}")
+    for name in sorted(given):
+        if "key of" in command_of(name):
+            return ValueError(f"--{name} is a key of the run's config; write it after the config as {name}=VALUE")
     return error
 
 
@@ -188,7 +212,7 @@ def _request(asked: argparse.Namespace) -> LaunchRequest:
         config_path=Path(asked.file),
         overrides=asked.overrides,
         machine=machine_of(asked.on),
-        name=asked.name,
+        name=asked.name or "",
         folder=Path(asked.folder) if asked.folder else None,
         doctor=asked.doctor,
         max_restarts=asked.max_restarts,

@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jdpo import exit_codes
+from jdpo.cli.option_types import not_empty
 from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse, spellings
 from jdpo.cli.run_options import add_task, choose_task, log, print_help
 from jdpo.config import CONFIGS, DPOConfig, TrainConfig, load_config
@@ -65,7 +67,9 @@ def parser(*, complete: bool = False) -> Parser:
         action="store_true",
         help="Take lengths from the cache of an earlier run or `jdpo inspect` only; do not tokenize rows now.",
     )
-    options.add_argument("--prices", metavar="FILE", help="YAML file of your prices; docs/plan.md has its form.")
+    options.add_argument(
+        "--prices", type=not_empty, metavar="FILE", help="YAML file of your prices; docs/plan.md has its form."
+    )
     options.add_argument("--json", action="store_true", help="Print one JSON document.")
     add_task(options)
     add_keys(parser, CONFIGS["dpo"], hidden=not complete)
@@ -178,6 +182,8 @@ def _sources(config: TrainConfig) -> Sources:
     try:
         sources = find_sources(config, weights=False)
     except ValueError as error:
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model_name_or_path):  # no name on the hub
+            raise ValueError(f"{error}. A plan needs config.json alone") from error
         raise ValueError(
             f"{error}. A plan needs config.json alone: `hf download {config.model_name_or_path} config.json "
             "--local-dir FOLDER` fetches it where there is a network; then give model_name_or_path=FOLDER and --lengths"

@@ -187,6 +187,8 @@ _GPUS: dict[str, _Gpu] = {
     "h200": _Gpu("NVIDIA H200", "nvidia-h200-141gb"),
 }
 GPUS_OF_NODE = 8
+_MOST_SLICES = 1024
+"""Slices of TPUs or nodes of GPUs. Larger numbers are slips, and their plans would take hours."""
 
 
 def _gpu(kind: str) -> _Gpu:
@@ -202,11 +204,18 @@ def machine_of(name: str) -> Machine:
     >>> machine_of("v5p-64").topology, machine_of("2xv5e-16").num_devices, machine_of("h100x16").slices
     ('v5p:2x4x4', 32, 2)
     """
+    machine = _find(name)
+    if machine is None:
+        raise ValueError(_unknown(name))
+    return machine
+
+
+def _find(name: str) -> Machine | None:
     tpu = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name)
     if tpu and (row := _TPUS.get(tpu.group(2))):
         torus = row.slices.get(int(tpu.group(3)) // row.counted) if int(tpu.group(3)) % row.counted == 0 else None
         slices = int(tpu.group(1) or 1)
-        if torus is not None and slices:
+        if torus is not None and 0 < slices <= _MOST_SLICES:
             return Machine(
                 name=name,
                 kind=row.kind,
@@ -219,7 +228,7 @@ def machine_of(name: str) -> Machine:
     if gpu and gpu.group(1) in _GPUS:
         number = int(gpu.group(2) or 1)
         nodes, rest = divmod(number, GPUS_OF_NODE)
-        if number and (number < GPUS_OF_NODE or not rest):
+        if number and (number < GPUS_OF_NODE or not rest) and nodes <= _MOST_SLICES:
             nodes = max(nodes, 1)
             return Machine(
                 name=name,
@@ -229,7 +238,7 @@ def machine_of(name: str) -> Machine:
                 slices=nodes,
                 devices_per_slice=number // nodes,
             )
-    raise ValueError(_unknown(name))
+    return None
 
 
 def machine_names() -> list[str]:
@@ -247,6 +256,8 @@ def _unknown(name: str) -> str:
     known = machine_names()
     near = near_name(name, known)
     version = re.sub(r"^\d+x|-\d+$|x\d+$", "", near or name)
+    if near and _find(near) is None:
+        near = None  # next to a number that is too large is another one
     alike = [found for found in known if re.sub(r"-\d+$|x\d+$", "", found) == version]
     return " ".join(
         part
@@ -254,7 +265,7 @@ def _unknown(name: str) -> str:
             f"unknown machine {name!r}:",
             f"did you mean {near}?" if near else "",
             f"expected one of {', '.join(alike or known)}, several slices of one (2xv5e-16), or nodes of "
-            f"{GPUS_OF_NODE} GPUs (h100x16)",
+            f"{GPUS_OF_NODE} GPUs (h100x16), of either at most {_MOST_SLICES:,}",
         )
         if part
     )

@@ -22,7 +22,7 @@ from tests.launch.jobset_controller import Pod, outcome
 
 MACHINES = ("v6e-1", "v6e-16", "2xv5e-16", "v5p-64", "tpu7x-16", "h100", "h100x16", "h200x8")
 ALL_OPTIONS = (
-    *("--spot", "--doctor", "--reservation=ours", "--queue=team", "--service_account=trainer", "--namespace=train"),
+    *("--spot", "--doctor", "--queue=team", "--service_account=trainer", "--namespace=train"),
     *("--env=A=1", "--secret=WANDB_API_KEY", "--node_selector=example.com/pool=big", "--grace_seconds=900"),
 )
 KUBERNETES = "1.31.0"
@@ -228,6 +228,11 @@ def test_the_environment_is_that_of_all_launchers(config: Path) -> None:
         assert own in variables
         assert variables["XDG_CACHE_HOME"].startswith("/shared/")
         assert variables["PYTHONUNBUFFERED"] == "0"  # the user's value wins
+
+
+def test_nodes_of_a_reservation(config: Path) -> None:
+    pod = job_template(documents(config, "v6e-16", "--reservation=ours")["JobSet"])["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/reservation-name"] == "ours"
 
 
 def test_local_inputs_are_named(config: Path) -> None:

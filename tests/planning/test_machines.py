@@ -78,6 +78,13 @@ def test_a_wrong_name_lists_near_ones(wrong: str, near: str) -> None:
         machine_of(wrong)
 
 
+@pytest.mark.parametrize("wrong", ["h100x80000000000", "5000xv5e-16", "v5e-99999999999999999999", "h100x8200"])
+def test_a_number_that_is_too_large(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"at most 1,024") as caught:
+        machine_of(wrong)
+    assert f"did you mean {wrong}" not in str(caught.value)
+
+
 @pytest.mark.parametrize("wrong", ["cray", "", "0", "x", "-", "v5e-", "5x", "\x1b[31m", "h100x0", "0xv5e-16", "ü"])
 def test_nonsense_lists_machines(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"expected one of .*h100x16"):

@@ -58,14 +58,18 @@ def read_prices(path: Path) -> Prices:
     """
     text, values = _read(path)
     places = _Lines(path, text)
-    for key in values if isinstance(values, dict) else ():
+    if not isinstance(values, dict) or not {PER_CHIP, PER_TARGET} & {*values}:
+        found = f"the keys {', '.join(map(str, values))}" if isinstance(values, dict) else f"{values!r}"
+        raise ValueError(
+            f"{path}: expected {PER_CHIP} or {PER_TARGET}, found {found if values else 'nothing'}; an example with "
+            f"invented numbers:\n\n{EXAMPLE}"
+        )
+    for key in values:
         if key not in ("currency", PER_CHIP, PER_TARGET):
             hint = did_you_mean(str(key), ("currency", PER_CHIP, PER_TARGET))
             where = places.of(key)
             expected = hint or f"expected currency, {PER_CHIP} and {PER_TARGET}"
             raise ValueError(f"{where}: unknown key {key!r}; {expected}")
-    if not isinstance(values, dict) or not {PER_CHIP, PER_TARGET} & {*values}:
-        raise ValueError(f"{path}: expected {PER_CHIP} or {PER_TARGET}, such as\n\n{EXAMPLE}\n\n(invented numbers)")
     currency = values.get("currency", "")
     if not isinstance(currency, str):
         raise ValueError(f"{places.of('currency')}: currency: expected a text such as EUR, found {currency!r}")

@@ -70,7 +70,7 @@ def find_newest(setup: Setup, directory: RunDirectory, mirror: RunMirror | None)
     """
     newest = agree_on(lambda: _newest_on_disk(directory, setup.num_steps))
     if mirror is not None:
-        newest = mirror.bring_newest(newest, setup.num_steps, setup.config)
+        newest = mirror.fetch_newest(newest, setup.num_steps, setup.config)
     if newest is None:
         run_jointly(lambda: _refuse_lost(directory), on_first=True)
     if newest is not None:

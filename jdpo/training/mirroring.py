@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from jdpo.checkpoint.mirror.checkpoint_fetch import bring_newest
+from jdpo.checkpoint.mirror.checkpoint_fetch import fetch_newest
 from jdpo.checkpoint.mirror.contents import IDENTITY
 from jdpo.checkpoint.mirror.leading_upload import Kept, Leader
 from jdpo.checkpoint.mirror.object_store import ObjectStore, StoreError
-from jdpo.checkpoint.mirror.run_fetch import RunInMirror, patiently
+from jdpo.checkpoint.mirror.run_fetch import RunInMirror, with_retries
 from jdpo.checkpoint.mirror.share_upload import Follower
 from jdpo.checkpoint.mirror.upload_notes import UploadNotes
 from jdpo.config import LoggingSettings, OutputSettings
@@ -67,10 +67,10 @@ class RunMirror:
         self._store = run_jointly(lambda: ObjectStore(url))
 
         def lead() -> None:
-            self._leader = patiently(lambda: Leader(self._store, directory.path, self._notes, count, log))
+            self._leader = with_retries(lambda: Leader(self._store, directory.path, self._notes, count, log))
             records = self._leader.records
             # Also shows that the mirror can be written, before anything is computed.
-            patiently(lambda: records.upload(IDENTITY))
+            with_retries(lambda: records.upload(IDENTITY))
 
         run_jointly(lead, on_first=True)
         run_jointly(self._join)
@@ -81,7 +81,7 @@ class RunMirror:
 
     def _join(self) -> None:
         if not is_first():  # this host, too, must have the credentials
-            patiently(lambda: self._store.read(IDENTITY[-1]))
+            with_retries(lambda: self._store.read(IDENTITY[-1]))
             self._notes.join(self._store.address)
 
     def _state(self) -> Mapping[str, Any]:
@@ -97,11 +97,11 @@ class RunMirror:
 
     # --- the start
 
-    def bring_newest(self, newest: int | None, last_step: int, config: LoggingSettings) -> int | None:
-        """See the function of the same name; the best checkpoint is brought as well if the run exports it."""
+    def fetch_newest(self, newest: int | None, last_step: int, config: LoggingSettings) -> int | None:
+        """See the function of the same name; the best checkpoint is fetched as well if the run exports it."""
         best_metric = config.metric_for_best_model if config.load_best_model_at_end else None
-        found = run_jointly(lambda: patiently(lambda: RunInMirror(self._store)))
-        return bring_newest(found, self._directory.path, newest, last_step, best_metric, self._log)
+        found = run_jointly(lambda: with_retries(lambda: RunInMirror(self._store)))
+        return fetch_newest(found, self._directory.path, newest, last_step, best_metric, self._log)
 
     # --- called by the checkpoints, see `jdpo.checkpoint.manager.Mirror`
 

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import yaml
 
-from jdpo.checkpoint.mirror.run_fetch import bring_run
+from jdpo.checkpoint.mirror.run_fetch import fetch_run
 from jdpo.checkpoint.steps import MANIFEST, damaged_folders, fault_of, step_folders, step_of
 from jdpo.config import (
     EXPORT_KEYS,
@@ -111,9 +111,9 @@ class RunDirectory:
             starts_over = config.resume == "never" and run_jointly(self._is_lost, on_first=True)
             # Decided on the first process, as only its file system counts.
             self._starts_over = any_process(bool(starts_over))
-            brings = config.mirror is not None and not only_read
-            self._is_brought = brings and any_process(
-                bool(run_jointly(lambda: bring_run(self.path, config, command, self._inputs_there()), on_first=True))
+            fetches = config.mirror is not None and not only_read
+            self._is_fetched = fetches and any_process(
+                bool(run_jointly(lambda: fetch_run(self.path, config, command, self._inputs_there()), on_first=True))
             )
             # What the others see on a network file system may be a minute old, so they are told by the first one.
             found = run_jointly(lambda: self._read_owner(config, command), on_first=True)
@@ -218,7 +218,7 @@ class RunDirectory:
         used = [name for name in USED_BY_A_RUN if (self.path / name).exists()]
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints} is a file, and not the folder of a run's checkpoints; move it away")
-        if not self._is_brought and (not used or self._never_began() or self._starts_over):
+        if not self._is_fetched and (not used or self._never_began() or self._starts_over):
             return False
         advice = "choose another output_dir, or delete this one if it is no longer needed"
         if config.resume == "never":
@@ -314,7 +314,9 @@ class RunDirectory:
         if self.is_new or not self.record.finished:
             return False
         if not self._exports:
-            return not self._is_brought  # what it leaves are its checkpoints, which the mirror still has to bring
+            return (
+                not self._is_fetched
+            )  # what it leaves are its checkpoints, which are still to be fetched from the mirror
         # The others know from the first process what was there at the start.
         has_model = self.model.exists() if is_first() else self._has_model
         return has_model and not self._exports_again

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from jdpo.checkpoint.mirror.checkpoint_fetch import bring_newest
+from jdpo.checkpoint.mirror.checkpoint_fetch import fetch_newest
 from jdpo.checkpoint.mirror.contents import CHECKPOINTS, record_files, share_of
 from jdpo.checkpoint.mirror.daemon_threads import in_daemon_threads
 from jdpo.checkpoint.mirror.leading_upload import Leader
 from jdpo.checkpoint.mirror.object_store import ObjectStore, StoreError
-from jdpo.checkpoint.mirror.run_fetch import RunInMirror, bring_run
+from jdpo.checkpoint.mirror.run_fetch import RunInMirror, fetch_run
 from jdpo.checkpoint.mirror.share_upload import Follower
 from jdpo.checkpoint.mirror.upload_notes import NOTES, UploadNotes
 from jdpo.checkpoint.steps import MANIFEST, complete_steps, delete_step, digests_of, fault_of
@@ -363,19 +363,19 @@ def test_a_run_comes_back_to_an_empty_folder(
     mirrored(run, uploads, 2, 4)
     empty = tmp_path / "empty"
     config = settings_of(empty, mirror)
-    assert bring_run(empty, config, "dpo", None)
+    assert fetch_run(empty, config, "dpo", None)
     assert not (empty / "metrics.jsonl").exists()
     lines: list[str] = []
     found = RunInMirror(ObjectStore(f"file://{mirror}"))
-    assert bring_newest(found, empty, None, 10, None, lines.append) == 4
+    assert fetch_newest(found, empty, None, 10, None, lines.append) == 4
     assert complete_steps(empty / CHECKPOINTS) == [4]
     assert fault_of(empty / CHECKPOINTS / "4") is None
     for name in record_files(run):
         assert (empty / name).read_bytes() == (run / name).read_bytes()
     assert not (empty / NOTES / "fetching").exists()
     # Only what is later is brought.
-    assert not bring_run(empty, config, "dpo", INPUTS)
-    assert bring_newest(found, empty, 4, 10, None, lines.append) == 4
+    assert not fetch_run(empty, config, "dpo", INPUTS)
+    assert fetch_newest(found, empty, 4, 10, None, lines.append) == 4
     assert len(lines) == 1
 
 
@@ -396,7 +396,7 @@ def test_a_damaged_checkpoint_in_the_mirror_is_passed_over(
     empty = tmp_path / "empty"
     lines: list[str] = []
     found = RunInMirror(ObjectStore(f"file://{mirror}"))
-    assert bring_newest(found, empty, None, 10, None, lines.append) == 2
+    assert fetch_newest(found, empty, None, 10, None, lines.append) == 2
     assert complete_steps(empty / CHECKPOINTS) == [2]
     assert any("step 4" in line and "damaged" in line for line in lines)
     assert not (tmp_path / "outside").exists()
@@ -409,9 +409,9 @@ def test_a_mirror_without_an_intact_checkpoint_is_no_reason_to_start_over(
     (mirror / CHECKPOINTS / "2" / "position" / "metadata").unlink()
     found = RunInMirror(ObjectStore(f"file://{mirror}"))
     with pytest.raises(OSError, match="agrees with its manifest"):
-        bring_newest(found, tmp_path / "empty", None, 10, None, print)
+        fetch_newest(found, tmp_path / "empty", None, 10, None, print)
     with pytest.raises(ValueError, match="ends at step 1"):
-        bring_newest(found, tmp_path / "empty", None, 1, None, print)
+        fetch_newest(found, tmp_path / "empty", None, 1, None, print)
 
 
 def test_the_best_checkpoint_comes_back_if_it_is_to_be_exported(
@@ -423,7 +423,7 @@ def test_the_best_checkpoint_comes_back_if_it_is_to_be_exported(
     one.follow(4, keep=5)
     assert one.close() == []
     found = RunInMirror(ObjectStore(f"file://{mirror}"))
-    assert bring_newest(found, tmp_path / "empty", None, 10, "eval_loss", print) == 4
+    assert fetch_newest(found, tmp_path / "empty", None, 10, "eval_loss", print) == 4
     assert complete_steps(tmp_path / "empty" / CHECKPOINTS) == [2, 4]
 
 
@@ -437,13 +437,13 @@ def test_a_finished_run_comes_back_with_its_model(
         (run / "model" / name).write_text(name)
     mirrored(run, uploads, 2)
     empty = tmp_path / "empty"
-    assert bring_run(empty, settings_of(empty, mirror), "dpo", None)
+    assert fetch_run(empty, settings_of(empty, mirror), "dpo", None)
     assert files_of(empty / "model") == files_of(run / "model")
     assert (empty / "metrics.jsonl").exists()
     assert not (empty / NOTES / "fetching").exists()
     shutil.rmtree(empty)
     (mirror / "model" / "model.safetensors").write_text("another file!!!!!")
-    assert bring_run(empty, settings_of(empty, mirror), "dpo", None)
+    assert fetch_run(empty, settings_of(empty, mirror), "dpo", None)
     assert not (empty / "model").exists()
 
 
@@ -453,24 +453,24 @@ def test_a_mirror_of_another_run_is_refused(
     mirrored(run, uploads, 2)
     config = settings_of(run, mirror)
     with pytest.raises(ValueError, match=r"the training rows: aaaaaaaaaaaa in the mirror, bbbbbbbbbbbb in"):
-        bring_run(run, config, "dpo", {"the training rows": "b" * 64})
+        fetch_run(run, config, "dpo", {"the training rows": "b" * 64})
     with pytest.raises(ValueError, match=r"beta: 0\.1 before, 0\.5 now"):
-        bring_run(tmp_path / "empty", settings_of(tmp_path / "empty", mirror, beta=0.5), "dpo", None)
+        fetch_run(tmp_path / "empty", settings_of(tmp_path / "empty", mirror, beta=0.5), "dpo", None)
     with pytest.raises(ValueError, match="jdpo dpo in the mirror, jdpo sft now"):
-        bring_run(tmp_path / "empty", config, "sft", None)
+        fetch_run(tmp_path / "empty", config, "sft", None)
     with pytest.raises(ValueError, match="resume is 'never'"):
-        bring_run(tmp_path / "empty", settings_of(tmp_path / "empty", mirror, resume="never"), "dpo", None)
+        fetch_run(tmp_path / "empty", settings_of(tmp_path / "empty", mirror, resume="never"), "dpo", None)
     assert not (tmp_path / "empty").exists()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, mirror: Path) -> None:
     mirror.mkdir()
     (mirror / ".jdpo-doctor-1-0").write_text("of a trial that was killed")
-    assert not bring_run(tmp_path / "run", settings_of(tmp_path / "run", mirror), "dpo", None)
+    assert not fetch_run(tmp_path / "run", settings_of(tmp_path / "run", mirror), "dpo", None)
     (mirror / "photos").mkdir()
     (mirror / "photos" / "a.jpg").write_text("")
     with pytest.raises(ValueError, match="is not that of a run"):
-        bring_run(tmp_path / "run", settings_of(tmp_path / "run", mirror), "dpo", None)
+        fetch_run(tmp_path / "run", settings_of(tmp_path / "run", mirror), "dpo", None)
 
 
 def test_a_store_that_cannot_be_opened_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def start(config: DPOConfig, log: Callable[[str], None], *steps: int, finishes: 
         assert mirror is not None
         directory.check_inputs(ROWS, {})
         on_disk = complete_steps(directory.checkpoints)
-        newest = mirror.bring_newest(on_disk[-1] if on_disk else None, 100, config)
+        newest = mirror.fetch_newest(on_disk[-1] if on_disk else None, 100, config)
         mirror.follow(newest, all_of, lambda: None)
         for step in steps:
             save(directory, step)

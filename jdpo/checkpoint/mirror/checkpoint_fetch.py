@@ -1,4 +1,4 @@
-"""Brings the newest checkpoint of a mirror to the run's folder, if it is newer than those there."""
+"""Fetches the newest checkpoint of a mirror into the run's folder, if it is newer than those there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jdpo.checkpoint.mirror.contents import CHECKPOINTS, OF_STEPS, manifest_in, manifest_of, share_of, step_folder
-from jdpo.checkpoint.mirror.run_fetch import RunInMirror, bring_digested, bring_file, patiently
+from jdpo.checkpoint.mirror.run_fetch import RunInMirror, fetch_file, fetch_files, with_retries
 from jdpo.checkpoint.mirror.upload_notes import NOTES
 from jdpo.checkpoint.steps import MANIFEST, best_of, clear_way, complete_steps
 from jdpo.durable import sync_path, write_durably
@@ -19,7 +19,7 @@ from jdpo.processes import any_process, is_first, run_jointly
 from jdpo.words import memory
 
 
-def bring_newest(
+def fetch_newest(
     found: RunInMirror,
     run: Path,
     newest: int | None,
@@ -27,7 +27,7 @@ def bring_newest(
     best_metric: str | None,
     log: Callable[[str], None],
 ) -> int | None:
-    """Brings the newest checkpoint whose files agree with its manifest, if it is later than `newest`.
+    """Fetches the newest checkpoint whose files agree with its manifest, if it is later than `newest`.
 
     Every process must call this, and downloads its share of the files to the folder that all of them share.
 
@@ -58,7 +58,7 @@ def bring_newest(
         if (staged := _stage(found, run, step, log)) is None:
             continue
         if best_metric is not None:
-            _bring_best(found, run, step, best_metric, log)
+            _fetch_best(found, run, step, best_metric, log)
         run_jointly(lambda: _place(found, run, step, staged), on_first=True)  # noqa: B023
         return step
     if steps and newest is None:
@@ -81,20 +81,20 @@ def _stage(found: RunInMirror, run: Path, step: int, log: Callable[[str], None])
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
 
-    def bring() -> str | None:
-        manifest = manifest_in(patiently(lambda: found.store.read(manifest_of(folder))))
+    def fetch() -> str | None:
+        manifest = manifest_in(with_retries(lambda: found.store.read(manifest_of(folder))))
         if manifest is None or manifest.get("step") != step:
             return f"{MANIFEST} cannot be read, or is that of another step"
         files: Mapping[str, Any] = manifest["files"]
         share = share_of({name: file[0] for name, file in files.items()}, jax.process_index(), jax.process_count())
-        if (fault := bring_digested(found, folder, share, files, staging)) is None and is_first():
+        if (fault := fetch_files(found, folder, share, files, staging)) is None and is_first():
             write_durably(staging / MANIFEST, json.dumps(manifest, indent=1))
         return fault
 
     run_jointly(clear, on_first=True)
     size = sum(size for name, size in found.names.items() if name.startswith(f"{folder}/"))
     log(f"fetching the checkpoint of step {step} ({memory(size)}) from the mirror {found.store.address}")
-    fault = run_jointly(bring)
+    fault = run_jointly(fetch)
     if any_process(fault is not None):
         why = fault or "a file in the share of another process has changed"
         log(f"warning: the checkpoint of step {step} in the mirror {found.store.address} is damaged ({why}): not used")
@@ -105,7 +105,7 @@ def _stage(found: RunInMirror, run: Path, step: int, log: Callable[[str], None])
 def _place(found: RunInMirror, run: Path, step: int, staging: Path) -> None:
     # Metrics without their checkpoint are cut; a checkpoint without its metrics would lose them.
     for name in OF_STEPS:
-        bring_file(found.store, name, run / name)
+        fetch_file(found.store, name, run / name)
     _publish(run, step, staging)
     shutil.rmtree(_marker(run))
 
@@ -120,13 +120,13 @@ def _publish(run: Path, step: int, staging: Path) -> None:
     sync_path(target.parent)
 
 
-def _bring_best(found: RunInMirror, run: Path, newest: int, metric: str, log: Callable[[str], None]) -> None:
-    """Brings the best checkpoints up to a step, too; on each set of evaluation rows there is a best one."""
+def _fetch_best(found: RunInMirror, run: Path, newest: int, metric: str, log: Callable[[str], None]) -> None:
+    """Fetches the best checkpoints up to a step, too; on each set of evaluation rows there is a best one."""
 
     def best() -> list[int]:
         manifests = {}
         for step in (step for step in found.steps if step <= newest):
-            manifest = manifest_in(patiently(lambda: found.store.read(manifest_of(step_folder(step)))))  # noqa: B023
+            manifest = manifest_in(with_retries(lambda: found.store.read(manifest_of(step_folder(step)))))  # noqa: B023
             manifests[step] = manifest or {}
         names = {str(each.get("metric_name")) for each in manifests.values()}
         names = {name for name in names if name.startswith(f"{metric} on ")}

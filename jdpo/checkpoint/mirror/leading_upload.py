@@ -72,7 +72,7 @@ class Leader:
         self._export: dict[str, Digest] | None = None  # once the run has ended: the files of the exported model
         self._exported = False
         self._skipped: dict[str, str] = {}  # folders that can never be uploaded, and why
-        self._afresh: set[str] = set()
+        self._again: set[str] = set()
         self._kept: Kept | None = None
         self._delete_old: Callable[[], None] = lambda: None
         self._held: int | None = None
@@ -225,7 +225,7 @@ class Leader:
             return
         self._clear(folder, manifest["files"])
         self._number += 1
-        task = Task(self._number, folder, manifest["files"], afresh=folder in self._afresh)
+        task = Task(self._number, folder, manifest["files"], again=folder in self._again)
         self._notes.publish(task)
         self._notes.start(task)
         upload_share(self._store, self._run, self._notes, task, 0, self._count, lambda: self._abandoned)
@@ -283,10 +283,10 @@ class Leader:
         for name, (size, _) in task.files.items():
             found = names.get(f"{task.folder}/{name}")
             if found != size:
-                self._afresh.add(task.folder)
+                self._again.add(task.folder)
                 place = f"{self._store.address}/{task.folder}/{name}"
                 raise StoreError(f"{place}: expected {size} bytes, found {found or 0}")
-        self._afresh.discard(task.folder)
+        self._again.discard(task.folder)
 
     def _tidy(self) -> None:
         """Deletes old steps in the mirror, as they are deleted on the disk, and what interrupted uploads left."""

@@ -1,4 +1,4 @@
-"""Brings a run back from its mirror: the files that say which run it is; `checkpoint_fetch` brings its checkpoint.
+"""Fetches a run from its mirror: the files that say which run it is; `checkpoint_fetch` fetches its checkpoint.
 
 There are two parts because the run's inputs are compared in between: checkpoints are large, and of no use for a run
 that is refused. The folder `.mirror/fetching` exists until both parts are there. A start that finds it begins with the
@@ -115,10 +115,10 @@ class RunInMirror:
             )
 
 
-def bring_run(run: Path, config: OutputSettings, command: str, inputs: Mapping[str, str] | None) -> bool:
-    """Compares a run with its mirror and, if the run's folder is free, brings the records of the mirror's run to it.
+def fetch_run(run: Path, config: OutputSettings, command: str, inputs: Mapping[str, str] | None) -> bool:
+    """Compares a run with its mirror and, if the run's folder is free, fetches the records of the mirror's run.
 
-    A finished run is brought with its exported model, and needs nothing else. To be called by the first process, which
+    A finished run is fetched with its exported model, and needs nothing else. To be called by the first process, which
     has locked the folder.
 
     Args:
@@ -134,7 +134,7 @@ def bring_run(run: Path, config: OutputSettings, command: str, inputs: Mapping[s
     """
     assert config.mirror is not None
     url = config.mirror
-    found = patiently(lambda: RunInMirror(ObjectStore(url)))
+    found = with_retries(lambda: RunInMirror(ObjectStore(url)))
     if not found.has_begun:
         return False
     marker = run / NOTES / "fetching"
@@ -143,25 +143,25 @@ def bring_run(run: Path, config: OutputSettings, command: str, inputs: Mapping[s
     if not is_free:
         return False
     marker.mkdir(parents=True, exist_ok=True)
-    is_complete = bool(found.record.get("finished")) and _bring_export(found, run, marker / EXPORT)
+    is_complete = bool(found.record.get("finished")) and _fetch_export(found, run, marker / EXPORT)
     # Metrics come with the checkpoint that they belong to.
     records = [name for name in found.names if is_record(name) and (is_complete or name not in OF_STEPS)]
     for name in sorted(records, key=lambda name: (name in IDENTITY, IDENTITY[:1] != (name,), name)):
-        bring_file(found.store, name, run / name)
+        fetch_file(found.store, name, run / name)
     if is_complete:
         shutil.rmtree(marker)
     return True
 
 
-def bring_file(store: ObjectStore, name: str, path: Path) -> None:
+def fetch_file(store: ObjectStore, name: str, path: Path) -> None:
     """Downloads a record of the run, in place of the file on the disk."""
-    content = patiently(lambda: store.read(name))
+    content = with_retries(lambda: store.read(name))
     if content is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, content)
 
 
-def bring_digested(
+def fetch_files(
     found: RunInMirror, folder: str, names: Iterable[str], files: Mapping[str, Any], to: Path
 ) -> str | None:
     """Downloads files of a folder whose manifest has their digests. Returns what is wrong with them, or None.
@@ -176,31 +176,31 @@ def bring_digested(
       StoreError: the store cannot be read.
     """
 
-    def bring(name: str) -> str | None:
+    def fetch(name: str) -> str | None:
         path = to / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             return f"{terminal(name)} is not in its folder"
         target = f"{folder}/{name}"
         if target not in found.names:
             return f"{terminal(name)} is missing"
-        patiently(lambda: found.store.download(target, path))
+        with_retries(lambda: found.store.download(target, path))
         if digest_of(path) != files[name]:
             return f"{terminal(name)} has changed since it was written"
         sync_path(path)
         return None
 
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="mirror-download") as pool:
-        return next((fault for fault in pool.map(bring, names) if fault is not None), None)
+        return next((fault for fault in pool.map(fetch, names) if fault is not None), None)
 
 
-def _bring_export(found: RunInMirror, run: Path, staging: Path) -> bool:
-    """Brings the exported model of a finished run; returns False if it is missing or damaged."""
+def _fetch_export(found: RunInMirror, run: Path, staging: Path) -> bool:
+    """Fetches the exported model of a finished run; returns False if it is missing or damaged."""
     manifest = manifest_in(found.store.read(EXPORT_MANIFEST))
     if manifest is None:
         return False
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    if (fault := bring_digested(found, EXPORT, manifest["files"], manifest["files"], staging)) is not None:
+    if (fault := fetch_files(found, EXPORT, manifest["files"], manifest["files"], staging)) is not None:
         log.warning("the exported model in the mirror %s is not used: %s", found.store.address, fault)
         return False
     shutil.rmtree(run / EXPORT, ignore_errors=True)  # of a start that was killed here
@@ -209,7 +209,7 @@ def _bring_export(found: RunInMirror, run: Path, staging: Path) -> bool:
     return True
 
 
-def patiently(work: Callable[[], T]) -> T:
+def with_retries(work: Callable[[], T]) -> T:
     """Calls `work` several times if need be, as a store may be out of reach for a moment.
 
     Raises:

@@ -33,14 +33,14 @@ class Task:
       number: counts the tasks of a start.
       folder: name of the folder; empty if there is nothing to do.
       files: name of each file, relative to the folder -> its bytes and digest.
-      afresh: True to upload also what was uploaded before.
+      again: True to upload also what was uploaded before.
       over: True if the uploads of this start have ended.
     """
 
     number: int
     folder: str = ""
     files: Mapping[str, Digest] = dataclasses.field(default_factory=dict)
-    afresh: bool = False
+    again: bool = False
     over: bool = False
 
 
@@ -117,9 +117,9 @@ class UploadNotes:
 
     def start(self, task: Task) -> None:
         """Begins a task on this process; what it has uploaded of the same folder before need not be uploaded again."""
-        if task.afresh:
+        if task.again:
             self._known = {name: found for name, found in self._known.items() if not _is_in(name, task.folder)}
-        keeps = task.folder == self._task.folder and not task.afresh
+        keeps = task.folder == self._task.folder and not task.again
         self._task = task
         self._note(Progress(self._progress.done if keeps else {}))
 

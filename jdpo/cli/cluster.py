@@ -6,38 +6,29 @@ import contextlib
 import importlib.util
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jdpo.cli.gpu_pool import may_use_gpu, reserve_gpu_memory
 from jdpo.cli.nccl_timeout import gpu_libraries, limit_nccl
-from jdpo.config import OutputSettings, WatchdogConfig
+from jdpo.config import TrainConfig, WatchdogConfig
+from jdpo.config.addresses import shown_text
 
 if TYPE_CHECKING:
     from jdpo.processes import Deadlines
 
 
 @contextlib.contextmanager
-def in_cluster(
-    output: OutputSettings,
-    command: str,
-    words: Sequence[str],
-    *,
-    shown: Callable[[str], str],
-    trains: bool,
-    slices: int | None,
-) -> Iterator[None]:
+def in_cluster(config: TrainConfig, command: str, words: Sequence[str], *, trains: bool) -> Iterator[None]:
     """Joins the other processes of the run, if there are any, and exits together with them. Reserves GPU memory.
 
     While entered, a guard ends the process if it is stuck, or asked to stop with nothing to save.
 
     Args:
-      output: the run's settings.
+      config: of the run.
       command, words: the command line.
-      shown: makes a text safe to show.
       trains: whether the command leaves checkpoints in output_dir.
-      slices: `mesh.slices`.
 
     Raises:
       ValueError: see `join_cluster`.
@@ -45,25 +36,25 @@ def in_cluster(
     from jdpo.checkpoint.steps import complete_steps  # imported now, as a dying process should not import
     from jdpo.processes import ending_together, guarded, heeding_maintenance, join_cluster
 
-    folder = Path(output.output_dir) if trains else None
-    timeout, deadlines = output.heartbeat_timeout_seconds, deadlines_of(output.watchdog)
+    folder = Path(config.output_dir) if trains else None
+    timeout, deadlines = config.heartbeat_timeout_seconds, deadlines_of(config.watchdog)
     several = False
 
     def advice() -> str:
         steps = complete_steps(folder / "checkpoints") if folder is not None else []
-        text = how_to_continue(command, words, folder, steps, resumes=output.resume == "auto", several=several)
-        return shown(text)
+        text = how_to_continue(command, words, folder, steps, resumes=config.resume == "auto", several=several)
+        return shown_text(text)
 
     with (
         guarded(deadlines, folder, advice) as guard,
-        heeding_maintenance(guard.stop, enabled=output.maintenance_notice),
+        heeding_maintenance(guard.stop, enabled=config.maintenance_notice),
     ):
         # Now, since JAX reads both when it first looks for devices.
         has_plugin = importlib.util.find_spec("jax_plugins") is not None
         note = reserve_gpu_memory(os.environ, has_plugin=has_plugin)
         if deadlines is not None and has_plugin and may_use_gpu(os.environ):
             limit_nccl(os.environ, gpu_libraries(), watchdog_seconds=deadlines.compile)
-        joined = join_cluster(timeout=timeout, slices=slices)
+        joined = join_cluster(timeout=timeout, slices=config.mesh.slices)
         if note is not None and (joined is None or joined.process_id == 0):
             print(note, flush=True)
         # One process has nobody to wait for, so its errors end it as usual.
@@ -72,7 +63,7 @@ def in_cluster(
             return
         several = True
         guard.joined(joined.process_id, joined.num_processes)
-        with ending_together(shown, timeout=timeout, advice=advice, stacks_folder=folder, guard=guard):
+        with ending_together(shown_text, timeout=timeout, advice=advice, stacks_folder=folder, guard=guard):
             yield
 
 

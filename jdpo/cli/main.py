@@ -16,7 +16,6 @@ from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, catch_early_s
 from jdpo.cli.huge_pages import restart_with_huge_pages
 from jdpo.loss_specs import LOSSES
 from jdpo.quiet_transformers import be_quiet
-from jdpo.safe_text import terminal_lines
 from jdpo.words import did_you_mean
 
 COMMANDS = {
@@ -178,9 +177,9 @@ def _fail(error: Exception, code: int, text: str | None = None) -> int:
 
 
 def _safe(text: str) -> str:
-    from jdpo.config.addresses import public_text
+    from jdpo.config.addresses import shown_text
 
-    return terminal_lines(public_text(text))
+    return shown_text(text)
 
 
 def _print_traceback(error: BaseException) -> None:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from jdpo.cli.key_help import key_help
 from jdpo.cli.parsing import CommandLine, Parser
-from jdpo.config import CONFIGS, Settings, load_config, load_yaml, parse_overrides, public_text
-from jdpo.safe_text import terminal_lines
+from jdpo.config import CONFIGS, Settings, load_config, load_yaml, parse_overrides
+from jdpo.config.addresses import shown_text
 
 C = TypeVar("C", bound=Settings)
 
@@ -71,11 +71,6 @@ def keys_given(line: CommandLine) -> list[str]:
     return keys + [key.partition(".")[0] for key, _ in parse_overrides(line.overrides)]
 
 
-def shown_error(text: str) -> str:
-    """Returns the text of an error as it may be shown: without passwords in addresses, safe for a terminal."""
-    return terminal_lines(public_text(text))
-
-
 def log(text: str) -> None:
     """Prints a line for the user to standard error."""
-    print(shown_error(text), file=sys.stderr, flush=True)
+    print(shown_text(text), file=sys.stderr, flush=True)

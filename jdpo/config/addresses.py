@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jdpo.safe_text import terminal_lines
+
 _USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/?#\s]*)@")
 # A question mark in s3:// or a path may be part of a name, so only web addresses have queries.
 _QUERY = re.compile(r"(https?://[^?#\s]*)[?#]\S*", re.IGNORECASE)
@@ -66,6 +68,11 @@ def as_mirror(url: str) -> str:
     if "/" not in found["rest"].strip("/") and found["scheme"] != "file":
         raise ValueError(f"expected a folder in a bucket, such as {found['scheme']}://bucket/runs/first")
     return url.rstrip("/")
+
+
+def shown_text(text: str) -> str:
+    """Returns text as it may be shown in a terminal: without passwords in addresses, and without control characters."""
+    return terminal_lines(public_text(text))
 
 
 def refuse_passwords(values: Any, key: str = "") -> None:

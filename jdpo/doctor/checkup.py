@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from jdpo.config import public_text
+from jdpo.config.addresses import shown_text
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.doctor.device_trial import find_devices, sum_over_all
 from jdpo.doctor.diagnosis import diagnose
@@ -27,7 +27,7 @@ from jdpo.doctor.time_limit import TimeLimits
 from jdpo.exit_codes import DONE, FAILED, LOST, USAGE
 from jdpo.processes import Membership, ending_together, find_cluster, join_cluster
 from jdpo.processes.joining import initialize_through_relay
-from jdpo.safe_text import terminal, terminal_lines
+from jdpo.safe_text import terminal
 from jdpo.words import listed
 
 _PHASE_SECONDS = 900.0
@@ -73,7 +73,7 @@ def check_cluster(read: Read, *, timeout: float) -> int:
         timeout=_PHASE_SECONDS,
     )
     again = "Run `jdpo doctor` again on every host."
-    with ending_together(lambda text: terminal_lines(public_text(text)), advice=lambda: again):
+    with ending_together(shown_text, advice=lambda: again):
         return _check(read, exchange, membership, timeout)
 
 

@@ -314,9 +314,7 @@ class RunDirectory:
         if self.is_new or not self.record.finished:
             return False
         if not self._exports:
-            return (
-                not self._is_fetched
-            )  # what it leaves are its checkpoints, which are still to be fetched from the mirror
+            return not self._is_fetched  # what it leaves are its checkpoints, which are fetched later
         # The others know from the first process what was there at the start.
         has_model = self.model.exists() if is_first() else self._has_model
         return has_model and not self._exports_again

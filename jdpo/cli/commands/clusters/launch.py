@@ -10,14 +10,14 @@ from typing import Any
 
 from jdpo.cli.option_types import count, count_or_none, not_empty
 from jdpo.cli.parsing import Parser, add_help, kept, spellings
-from jdpo.config import command_of, public_text
+from jdpo.config import command_of
+from jdpo.config.addresses import shown_text
 from jdpo.launch.launch_options import LaunchOption, options_of, read_options
 from jdpo.launch.launched import Advice, Launch, listed_advice
 from jdpo.launch.launchers import LAUNCHERS, launcher_of
 from jdpo.launch.request import RUNS, LaunchRequest, make_request
 from jdpo.launch.running import run_commands
 from jdpo.planning.machines import machine_of
-from jdpo.safe_text import terminal_lines
 
 _USAGE = "LAUNCHER CONFIG.yaml [KEY=VALUE ...] --on MACHINE [--dry_run] ..."
 
@@ -223,4 +223,4 @@ def _request(asked: argparse.Namespace) -> LaunchRequest:
 
 def _print(text: str) -> None:
     if text:
-        print(terminal_lines(public_text(text)), flush=True)
+        print(shown_text(text), flush=True)

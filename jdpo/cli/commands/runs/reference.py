@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jdpo.cli.cluster import in_cluster
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
-from jdpo.cli.run_options import print_help, read_config, shown_error
+from jdpo.cli.run_options import print_help, read_config
 from jdpo.config import CONFIGS
 from jdpo.safe_text import terminal_lines
 
@@ -44,7 +44,7 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     # output_dir is required but not written, so it need not be given.
     config = read_config(DPO, line._replace(overrides=[*line.overrides, "output_dir=none"]))
-    with in_cluster(config, command, words, shown=shown_error, trains=False, slices=config.mesh.slices):
+    with in_cluster(config, command, words, trains=False):
         from jdpo.processes import is_first
         from jdpo.training.interrupt import StopRequest
         from jdpo.training.reference.reference_source import compute_reference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from jdpo import exit_codes
 from jdpo.cli.cluster import in_cluster
 from jdpo.cli.failures import INTERRUPTED
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
-from jdpo.cli.run_options import print_help, read_config, shown_error
+from jdpo.cli.run_options import log, print_help, read_config
 from jdpo.config import CONFIGS, OutputSettings, to_yaml
 from jdpo.safe_text import terminal_lines
 
@@ -59,7 +58,7 @@ def main(command: str, words: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     # Training is imported only after joining: jax must know the other processes before it looks for devices.
-    with in_cluster(config, command, words, shown=shown_error, trains=True, slices=config.mesh.slices):
+    with in_cluster(config, command, words, trains=True):
         if line.options.dry_run:
             from jdpo.training.dry_run import dry_run
 
@@ -71,10 +70,10 @@ def main(command: str, words: Sequence[str]) -> int:
         try:
             return train(config).exit_code
         except MirrorIncomplete as error:
-            print(shown_error(f"jdpo: error: {error}"), file=sys.stderr)
+            log(f"jdpo: error: {error}")
             return error.exit_code
         except KeyboardInterrupt:  # a second Ctrl-C; the first one would have saved a checkpoint
-            print(shown_error(interrupted(config)), file=sys.stderr)
+            log(interrupted(config))
             return exit_codes.INTERRUPTED
 
 

@@ -45,7 +45,7 @@ class Restored(NamedTuple):
 
 
 class Mirror(Protocol):
-    """What copies complete checkpoints to another place, on a thread of its own."""
+    """Copies complete checkpoints to another place, on a thread of its own."""
 
     def follow(
         self,

@@ -1,4 +1,4 @@
-"""The time after which XLA ends a process that waits for others to connect by NCCL, behind the watchdog."""
+"""The time after which XLA ends a process that waits for others to connect by NCCL, later than the watchdog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share that read the config of a run: its command, its keys, help and messages."""
+"""The parts that commands on the config of a run share: its command and keys, help, and messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process finds out about itself without devices and without the other processes."""
+"""The facts that a process finds out about itself, without devices and without the other processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each process of a cluster finds out about itself; `jdpo.doctor.diagnosis` compares the facts of all of them.
+"""The facts that each process of a cluster finds out about itself; `jdpo.doctor.diagnosis` compares them.
 
 Facts travel between processes as JSON.
 """

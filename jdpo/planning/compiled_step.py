@@ -24,11 +24,11 @@ from jdpo.training.setup.numerics import numerics, resolve_dtype
 
 
 class Compilation(NamedTuple):
-    """What the compiler made of a program, also where it refused it for lack of memory.
+    """The result of compiling a program, also where the compiler refused it for lack of memory.
 
     Attributes:
-      program: None where it was refused.
-      error: None where it was not.
+      program: None if it was refused.
+      error: None if it was not.
       text: the optimized program.
       live_ranges: the compiler's list of what is needed when; empty where it wrote none.
       buffers: its list of what is where in memory.

@@ -1,4 +1,4 @@
-"""What a compiled step costs, as one JSON object."""
+"""The costs of a compiled step as one JSON object."""
 
 from __future__ import annotations
 

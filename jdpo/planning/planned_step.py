@@ -53,7 +53,7 @@ class PlannedStep(NamedTuple):
 
 
 class _Vocabulary(NamedTuple):
-    """What laying out a model asks of its tokenizer: how many tokens there are."""
+    """The part of a tokenizer that the layout of a model needs: the number of its tokens."""
 
     size: int
     added_tokens: tuple[str, ...] = ()

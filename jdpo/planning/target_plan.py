@@ -1,4 +1,4 @@
-"""What a run would do on a machine: the result of planning for one target."""
+"""The plan of a run for one target."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MemoryByKind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """What a run would do on a machine.
+    """The plan of a run on a machine.
 
     Figures are of one device and one step unless they say otherwise.
 

@@ -1,4 +1,4 @@
-"""What this process is doing: read by its watchdog, and published for the other processes of its run."""
+"""The progress of this process: read by its watchdog, and published for the other processes of its run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FEWEST_STEPS = 3
 
 
 class State(NamedTuple):
-    """What a process is doing, as the others see it.
+    """The state of a process, as the others see it.
 
     Attributes:
       phase: see `jdpo.training.logs.phases`; "start" before the first one.

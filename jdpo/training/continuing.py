@@ -1,4 +1,4 @@
-"""What a run continues from: its inputs and checkpoints, checked before anything is loaded; and its state."""
+"""Where a run continues: its inputs and checkpoints, checked before anything is loaded; and its state."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def silence_lost_output() -> None:
 
 
 class Agreed(NamedTuple):
-    """What at least one process of a run asks for; the same on every process.
+    """The requests of at least one process of a run; alike on every process.
 
     Attributes:
       stop: to stop after the current step.

@@ -321,7 +321,7 @@ class RunDirectory:
 
     @property
     def outcome(self) -> str:
-        """What a finished run leaves, in words."""
+        """The results of a finished run, in words."""
         if self._exports:
             return f"model in {self.model}"
         return f"checkpoints in {self.checkpoints} (export_at_end is false)"

@@ -45,7 +45,7 @@ class Task:
 
 
 class Progress(NamedTuple):
-    """How far a process is with a task.
+    """The progress of a process with a task.
 
     Attributes:
       done: name of each object that it has uploaded -> bytes and digest.
@@ -141,7 +141,7 @@ class UploadNotes:
         self._note(self._progress._replace(over=True, given_up=given_up))
 
     def progress(self, task: Task, count: int) -> list[Progress]:
-        """Returns how far each process is with a task."""
+        """Returns the progress of each process with a task."""
         found = [_read(self._folder / f"process-{index}.json") for index in range(count)]
         return [
             Progress(**{name: notes[name] for name in Progress._fields})

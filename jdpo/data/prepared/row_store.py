@@ -214,7 +214,7 @@ class RowWriter(Generic[R]):
         self._writer.close()
 
     def meta(self) -> dict[str, Any]:
-        """Returns the content of the JSON file next to the finished file, but for its stamp."""
+        """Returns the content of the JSON file next to the finished file, except its stamp."""
         kept = [np.concatenate(arrays) for arrays in zip(*self._kept, strict=True)]
         return {
             "file_digest": file_digest(self._path),

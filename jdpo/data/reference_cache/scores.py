@@ -163,7 +163,7 @@ class CacheFolder:
             raise ValueError(f"the reference's cached log-probs are damaged: {self.damage(shards)}; {REMEDY}")
 
     def damage(self, shards: Shards) -> str:
-        """Returns a sentence that names the damaged files, of which there is at least one."""
+        """Returns a sentence that names the damaged files, at least one."""
         first = shards.damaged_files[0]
         name = str(first) if first.name == KEY_FILE else f"{first} or the .json next to it"
         more = len(shards.damaged_files) - 1

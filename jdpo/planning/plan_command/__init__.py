@@ -1,1 +1,1 @@
-"""What `jdpo plan` tells about several machines: the rows of a step, run time, cost, a table, and settings to paste."""
+"""The answers of `jdpo plan` for several machines: rows of a step, run time, cost, a table, and settings to paste."""

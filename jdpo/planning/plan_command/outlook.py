@@ -1,4 +1,4 @@
-"""What a run takes on a machine: the plan of a step, the time of all steps, and the cost."""
+"""The outlook of a run on a machine: the plan of a step, the time of all steps, and the cost."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ REFERENCE_SHARE: Range = (1 / 4, 1 / 3)
 all layers are computed again."""
 
 REFERENCE_SHARE_OF_ADAPTERS: Range = (1 / 4, 1 / 2)
-"""The same for adapters, whose backward pass leaves out the gradients of the base."""
+"""This share for adapters, whose backward pass leaves out the gradients of the base."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What a run takes on a machine.
+    """The plan, time and cost of a run on a machine.
 
     Attributes:
       plan: of a step; None where planning failed.
@@ -67,7 +67,7 @@ def outlook(
     adapters: bool = False,
     price_per_hour: float | None = None,
 ) -> Outlook:
-    """Returns what a run takes on a machine.
+    """Returns the outlook of a run on a machine.
 
     Args:
       adapters: True if adapters alone are trained.

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 class Question(NamedTuple):
-    """What was asked of all targets.
+    """The question that is answered for every target.
 
     Attributes:
       command: the training command, dpo or sft.

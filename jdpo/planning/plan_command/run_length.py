@@ -1,4 +1,4 @@
-"""How many steps a run has, and where its reference's log-probs come from, as the run itself would decide."""
+"""The number of steps of a run and the source of its reference's log-probs, as the run itself would decide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jdpo.words import figure
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunLength:
-    """How many steps a run has.
+    """The number of steps of a run.
 
     Attributes:
       num_steps: of training; None if it is not known.

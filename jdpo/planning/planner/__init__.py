@@ -1,1 +1,1 @@
-"""What a run would do on a machine: the choice of its step, and what that needs, sends and takes."""
+"""Plans a run on a machine: chooses its step, and finds what that needs, sends and takes."""

@@ -12,7 +12,7 @@ from jdpo.training.fit.compiler_options import OPTIONS
 
 @dataclasses.dataclass(frozen=True)
 class AbsentDevice:
-    """What a mesh, shardings and estimates read of a `jax.Device`."""
+    """The attributes of a `jax.Device` that a mesh, shardings and estimates read."""
 
     id: int
     device_kind: str

@@ -1,4 +1,4 @@
-"""What a planned step sends and takes: from its compiled program, or by formula."""
+"""Bytes on the links and time of a planned step: from its compiled program, or by formula."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOWEST_COMPILED = 2.0
 """The slow end of the time of a compiled step, relative to its roofline."""
 
 SLOWEST_ESTIMATED = 3.0
-"""The same for a time by formula, which leaves out more."""
+"""The slow end of a time by formula, which leaves out more."""
 
 RESTS_ON_COMPILED = (
     "The fast end is a roofline of the compiled program, by data sheets; the slow end is twice that, since published "
@@ -38,7 +38,7 @@ RESTS_ON_FORMULA = (
 
 
 class StepCosts(NamedTuple):
-    """What a step sends and takes, per device.
+    """Bytes on the links and time of a step, per device.
 
     Attributes:
       wire_inside, wire_across: bytes that a device sends within its slice, and between slices.

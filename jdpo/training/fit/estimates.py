@@ -46,7 +46,7 @@ MOVED_PER_WIDTH = 40
 
 
 class Speeds(NamedTuple):
-    """What a device does per second: FLOPs of matrix products, bytes of its memory, bytes to and from other devices."""
+    """FLOPs of matrix products, bytes of memory, and bytes to and from other devices, that a device does per second."""
 
     flops: float
     memory: float
@@ -54,7 +54,7 @@ class Speeds(NamedTuple):
 
 
 CPU = Speeds(flops=1e11, memory=2e10, wire=2e10)
-"""Of two cores, roughly: only proportions decide."""
+"""Two cores, roughly: only proportions decide."""
 
 LIKELY_CHIPS = {"gpu": "NVIDIA H200", "tpu": "TPU v5 lite"}
 """Chips in place of those whose speeds are unknown."""
@@ -92,7 +92,7 @@ def _mlp_width(config: ModelConfig) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepEstimate:
-    """What a device needs for a step, by policy; linear in the tokens of its part of a micro-batch.
+    """The memory that a device needs for a step, by policy; linear in the tokens of its part of a micro-batch.
 
     Attributes:
       fixed_bytes: whatever does not grow with the tokens.

@@ -15,7 +15,7 @@ from jdpo.training.run_dir import RunDirectory
 Phase = Literal[
     "data", "reference", "load", "compile", "data_wait", "step", "evaluation", "sampling", "save", "export", "other"
 ]
-"""What the main thread of a run does or waits for; docs/running.md says what belongs to each."""
+"""The work of the main thread of a run, or what it waits for; docs/running.md says what belongs to each."""
 
 T = TypeVar("T")
 

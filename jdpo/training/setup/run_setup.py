@@ -152,7 +152,7 @@ def _checked_task(config: TrainConfig) -> Task:
 
 
 class _Opened(NamedTuple):
-    """What is read before the rows are."""
+    """The parts of a run that are read before its rows."""
 
     model_setup: ModelSetup
     reference_folder: Path | None

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("scripts/launch")
 """Relative to the root, so that no path of this machine is in a file."""
 
-_OF_JOBSET = "--image us-docker.pkg.dev/my-project/my-repository/jdpo:0.2.0 --volume jdpo"
+_OF_JOBSET = "--image us-docker.pkg.dev/my-project/my-repository/jdpo:0.2.0-tpu --volume jdpo"
 _ON_SHARED = "--chdir /shared/project --cache /shared/cache"
 
 _OF_PACKAGE = "--package 'jdpo[tpu,gcs] @ git+https://github.com/my-organization/jdpo@v0.2.0'"
@@ -28,7 +28,7 @@ EXAMPLES = {
     "jobset-tpu": f"jobset configs/llama_3_1_8b_tpu.yaml --on v6e-16 {_OF_JOBSET}",
     "jobset-multislice": f"jobset configs/llama_3_1_8b_tpu.yaml --on 2xv5e-16 {_OF_JOBSET} --spot --doctor",
     "jobset-tpu7x": f"jobset configs/llama_3_1_8b_tpu.yaml --on tpu7x-16 {_OF_JOBSET}",
-    "jobset-gpu": f"jobset configs/llama_3_1_8b_tpu.yaml --on h100x16 {_OF_JOBSET}",
+    "jobset-gpu": f"jobset configs/llama_3_1_8b_lora.yaml --on h100x16 {_OF_JOBSET.replace('-tpu', '-cuda')}",
     "slurm": f"slurm configs/llama_3_1_8b_lora.yaml --on h100x16 --time 24:00:00 {_ON_SHARED} --doctor",
     "skypilot": f"skypilot configs/llama_3_1_8b_lora.yaml --on h100x16 {_OF_GPUS} {_NFS} --spot --doctor",
     "skypilot-tpu": f"skypilot configs/llama_3_1_8b_tpu.yaml --on v6e-16 {_OF_PACKAGE} {_PINNED} {_NFS}",

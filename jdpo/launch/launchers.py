@@ -20,22 +20,46 @@ class Launcher(NamedTuple):
 
     Attributes:
       summary: what it is, for the help.
+      example: the words of a command line, after its name, for the help.
       options: the dataclass of its options, see `jdpo.launch.launch_options`.
       launch: makes files and commands of a request and these options. It raises ValueError for a machine that this
         launcher cannot start, or settings that it cannot keep.
     """
 
     summary: str
+    example: str
     options: type
     launch: Callable[[LaunchRequest, Any], Launch]
 
 
 LAUNCHERS: dict[str, Launcher] = {
-    "jobset": Launcher("JobSet on Kubernetes, with TPUs or GPUs of GKE", JobSetOptions, jobset),
-    "slurm": Launcher("batch job of a Slurm cluster, on nodes of GPUs", SlurmOptions, slurm),
-    "skypilot": Launcher("managed job of SkyPilot, on GPUs or TPUs of many clouds", SkyPilotOptions, skypilot),
-    "tpu-vm": Launcher("TPU VMs of Google Cloud, by queued resources", TpuVmOptions, tpu_vm),
-    "host": Launcher("script for one machine with one or several GPUs", HostOptions, host),
+    "jobset": Launcher(
+        "JobSet on Kubernetes, with TPUs or GPUs of GKE",
+        "run.yaml --on 2xv5e-16 --image IMAGE --volume CLAIM",
+        JobSetOptions,
+        jobset,
+    ),
+    "slurm": Launcher(
+        "batch job of a Slurm cluster, on nodes of GPUs",
+        "run.yaml --on h100x16 --time 24:00:00",
+        SlurmOptions,
+        slurm,
+    ),
+    "skypilot": Launcher(
+        "managed job of SkyPilot, on GPUs or TPUs of many clouds",
+        "run.yaml --on h100x8 --nfs 10.0.0.2:/share --package 'jdpo[cuda]==VERSION'",
+        SkyPilotOptions,
+        skypilot,
+    ),
+    "tpu-vm": Launcher(
+        "TPU VMs of Google Cloud, by queued resources",
+        "run.yaml --on v6e-8 --zone ZONE --nfs 10.0.0.2:/share --package 'jdpo[tpu]==VERSION'",
+        TpuVmOptions,
+        tpu_vm,
+    ),
+    "host": Launcher(
+        "script for one machine with one or several GPUs", "run.yaml beta=0.2 --on h100x8", HostOptions, host
+    ),
 }
 """Name of a launcher -> what it is."""
 

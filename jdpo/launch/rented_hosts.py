@@ -37,7 +37,7 @@ class RentedHostOptions:
         "What the hosts install: a wheel of jdpo here, which is copied to them (`pip wheel --no-deps .` makes one), or "
         "a fixed version as pip takes it.",
         required="what the hosts install: the path of a wheel, which `pip wheel --no-deps .` makes in the project's "
-        "root, or 'jdpo[tpu] @ git+https://github.com/OWNER/jdpo@COMMIT'",
+        "root, or 'jdpo[tpu] @ git+https://github.com/OWNER/jdpo@COMMIT', with [cuda] for GPUs",
     )
     constraints: str = option(
         "FILE",
@@ -87,20 +87,27 @@ def check_storage(request: LaunchRequest, options: RentedHostOptions, launcher: 
         )
 
 
-def check_package(options: RentedHostOptions) -> None:
-    """Checks that hosts which are created later get the same packages.
+def check_package(request: LaunchRequest, options: RentedHostOptions) -> None:
+    """Checks that hosts get JAX for their devices, and those that are created later the same packages.
 
     Raises:
-      ValueError: the package is neither a wheel that exists nor a fixed version, or there are no such constraints.
+      ValueError: the package is neither a wheel that exists nor a fixed version, or is for other devices, or there are
+        no such constraints.
     """
     package, constraints = one_line(options.package, "--package"), options.constraints
+    extra = _extra_of(request)
     if _is_wheel(package):
         if not Path(package).is_file():
             raise ValueError(f"--package {package}: there is no such wheel; `pip wheel --no-deps .` makes one")
     elif "==" not in package and "@" not in package:
         raise ValueError(
             f"--package {package}: hosts that are created later would install another version; expected a wheel, "
-            "'jdpo[tpu]==VERSION' or 'jdpo[tpu] @ git+https://...@COMMIT'"
+            f"'jdpo[{extra}]==VERSION' or 'jdpo[{extra}] @ git+https://...@COMMIT'"
+        )
+    elif not re.match(rf"[^\[]*\[([^\]]*,)?\s*{extra}\s*[,\]]", package):
+        raise ValueError(
+            f"--package {package}: without the extra {extra}, JAX does not find the devices of {request.machine.name}; "
+            f"expected jdpo[{extra}], or with further extras jdpo[{extra},gcs]"
         )
     if constraints and not Path(constraints).is_file():
         raise ValueError(f"--constraints {constraints}: there is no such file")
@@ -127,6 +134,10 @@ def script_values(request: LaunchRequest, options: RentedHostOptions) -> dict[st
     }
 
 
+def _extra_of(request: LaunchRequest) -> str:
+    return "cuda" if request.machine.is_gpu else "tpu"
+
+
 def _is_wheel(package: str) -> bool:
     return package.endswith(".whl") and "://" not in package
 
@@ -138,7 +149,7 @@ def _requirement(request: LaunchRequest, package: str) -> str:
     config = request.config
     named = [config.mirror or "", *data_paths(config)]
     extras = [
-        "cuda" if request.machine.is_gpu else "tpu",
+        _extra_of(request),
         *(extra for scheme, extra in _OF_SCHEMES.items() if any(each.startswith(scheme) for each in named)),
         *(each for each in config.report_to if each in _TRACKERS),
     ]

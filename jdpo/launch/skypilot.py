@@ -74,7 +74,7 @@ def _check(request: LaunchRequest, options: SkyPilotOptions) -> None:
         )
     check_lines(options, "infra")
     check_storage(request, options, "skypilot")
-    check_package(options)
+    check_package(request, options)
 
 
 def _accelerators(request: LaunchRequest) -> str:

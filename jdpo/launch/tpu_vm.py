@@ -12,7 +12,7 @@ from jdpo.launch.rendering import render
 from jdpo.launch.rented_hosts import RentedHostOptions, check_package, check_storage, copied_files, script_values
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import check_lines
+from jdpo.launch.shell_words import check_lines, check_passed_on
 
 POLL_SECONDS = 30
 
@@ -90,9 +90,10 @@ def _check(request: LaunchRequest, options: TpuVmOptions) -> None:
         raise ValueError(f"{machine.name} is not offered as TPU VMs, only on GKE: use `jdpo launch jobset`")
     if options.spot and options.reserved:
         raise ValueError("--spot and --reserved exclude each other")
-    check_lines(options, "zone", "project", "create")
+    check_lines(options, "zone", "project")
+    check_passed_on(options, "create")
     check_storage(request, options, "tpu-vm")
-    check_package(options)
+    check_package(request, options)
     if not options.nfs:
         for path in request.local_paths():
             if PurePosixPath(path).name != path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jdpo.cli.commands.clusters.launch import planned
 from jdpo.cli.main import main
 from jdpo.launch.launchers import LAUNCHERS
 from jdpo.launch.running import run_commands
@@ -160,6 +162,16 @@ def test_options_of_another_launcher_name_it(config: Path, capsys: Capture) -> N
         for option in own - of_all["jobset"]:
             message = refusal([*JOBSET, f"--{option}", "1"], capsys)
             assert f"--{option} is an option of `jdpo launch" in message, name
+
+
+def test_the_examples_of_the_help_can_be_launched(config: Path, capsys: Capture) -> None:
+    Path("run.yaml").write_text(config.read_text())
+    for name, each in LAUNCHERS.items():
+        words = each.example.replace("IMAGE", "repo/jdpo:1").replace("CLAIM", "claim").replace("VERSION", "1")
+        assert planned([name, *shlex.split(words.replace("ZONE", "zone"))]).files, name
+        with pytest.raises(SystemExit):
+            main(["launch", name, "--help"])
+        assert f"jdpo launch {name} run.yaml" in capsys.readouterr().out
 
 
 def test_help_loads_no_jax() -> None:

@@ -159,7 +159,9 @@ def task_of(*words: str) -> dict[str, Any]:
     ],
 )
 def test_machines_by_the_names_of_skypilot(config: Path, machine: str, accelerators: str, nodes: int) -> None:
-    task = task_of("--on", machine, "--nfs", "10.0.0.9:/share", "--infra", "gcp/us-east5", "--spot")
+    package = PACKAGE if machine.startswith("h") else PACKAGE.replace("cuda", "tpu")
+    words = ("--on", machine, "--nfs", "10.0.0.9:/share", "--infra", "gcp/us-east5", "--spot", "--package", package)
+    task = task_of(*words)
     assert task["resources"]["accelerators"] == accelerators
     assert task.get("num_nodes", 1) == nodes
     assert task["resources"]["infra"] == "gcp/us-east5"
@@ -186,6 +188,8 @@ def test_rows_and_a_wheel_here_are_copied(config: Path) -> None:
         (["--on", "tpu7x-8"], "use `jdpo launch jobset`"),
         (["--on", "2xv5e-16"], "does not join several TPU slices"),
         (["--on", "h100x16", MIRROR], "share no disk"),
+        (["--on", "h100x8", MIRROR, "--package", "jdpo[tpu]==1"], "expected jdpo[cuda]"),
+        (["--on", "v6e-8", MIRROR], "expected jdpo[tpu]"),
         (["--on", "h100x8"], "a mirror"),
     ],
 )

@@ -245,6 +245,7 @@ def test_rows_here_are_copied_to_a_single_host(cloud: Cloud) -> None:
         (["--on", "v6e-8", MIRROR, "--spot", "--reserved"], "exclude each other"),
         (["--on", "v6e-8", MIRROR, "--package", "jdpo"], "another version"),
         (["--on", "v6e-8", MIRROR, "--package", "a.whl"], "no such wheel"),
+        (["--on", "v6e-8", MIRROR, "--create", "network=ours"], "--create=--NAME=VALUE"),
         (["--on", "v6e-8", MIRROR, "--constraints", "no.txt"], "no such file"),
         (["--on", "v6e-8", MIRROR, "output_dir=/x"], "expected a relative path"),
         (["--on", "v6e-8", MIRROR, "datasets=data/pairs.jsonl"], "are copied"),

@@ -28,6 +28,7 @@ def parser(launcher: str | None = None) -> Parser:
     Args:
       launcher: the launcher whose options it has; None: those of all, as for the help.
     """
+    shown = LAUNCHERS if launcher is None else {launcher: launcher_of(launcher)}
     parser = Parser(
         "launch",
         _USAGE,
@@ -35,9 +36,8 @@ def parser(launcher: str | None = None) -> Parser:
         "sky or gcloud. After a preemption or a lost host the launcher starts the same command again, and the run "
         "continues from its last checkpoint; an error of the run ends it.\n\nLaunchers:\n\n"
         + "\n".join(f"    {name:<10}{each.summary}" for name, each in LAUNCHERS.items()),
-        epilog="Examples:\n\n"
-        "    jdpo launch jobset configs/llama_3_1_8b_tpu.yaml --on v6e-16 --image IMAGE --volume CLAIM --dry_run\n"
-        "    jdpo launch jobset configs/dpo.yaml beta=0.2 --on 2xv5e-16 --image IMAGE --volume CLAIM --secret HF_TOKEN",
+        epilog="For example (with --dry_run, nothing is written or started):\n\n"
+        + "\n".join(f"    jdpo launch {name} {each.example}" for name, each in shown.items()),
     )
     arguments = parser.add_argument_group("Arguments")
     arguments.add_argument("launcher", metavar="LAUNCHER", help=f"{', '.join(LAUNCHERS)}.")
@@ -46,7 +46,6 @@ def parser(launcher: str | None = None) -> Parser:
     )
     arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Keys that override those of the config.")
     _add_common_options(add_help(parser, keys=False))
-    shown = LAUNCHERS if launcher is None else {launcher: launcher_of(launcher)}
     seen: set[str] = set()
     for name, each in shown.items():
         group = parser.add_argument_group(f"Options of {name}")

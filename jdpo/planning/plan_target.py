@@ -19,7 +19,7 @@ from jdpo.planning.planner.planned_run import PlannedRun, planned_run
 from jdpo.planning.planner.step_costs import StepCosts, compiled_costs, estimated_costs
 from jdpo.planning.planner.step_search import Search, search_step
 from jdpo.planning.planner.suggestions import suggestions_if_missing, suggestions_if_wasteful
-from jdpo.planning.target_plan import TargetPlan
+from jdpo.planning.target_plan import MemoryByKind, TargetPlan
 from jdpo.training.fit.memory_fit import SHARES
 from jdpo.training.setup.numerics import numerics, resolve_dtype
 
@@ -104,6 +104,13 @@ def _costs(machine: Machine, search: Search) -> StepCosts | None:
     return compiled_costs(machine, chosen)
 
 
+def _memory(search: Search) -> MemoryByKind:
+    chosen, compilation = search.chosen, search.chosen.compilation
+    if compilation is not None and (compilation.program or compilation.reported_bytes):
+        return compiled_memory(chosen.planned, compilation, chosen.needed)
+    return estimated_memory(chosen.planned, search.estimate)
+
+
 def _described(
     run: PlannedRun,
     search: Search,
@@ -114,12 +121,7 @@ def _described(
     limit: float,
 ) -> TargetPlan:
     chosen, config, batch = search.chosen, run.config, search.chosen.planned.batch
-    compilation = chosen.compilation
-    listed = compilation is not None and bool(compilation.program or compilation.reported_bytes)
-    if compilation is not None and listed:
-        kinds = compiled_memory(chosen.planned, compilation, chosen.needed)
-    else:
-        kinds = estimated_memory(chosen.planned, search.estimate)
+    kinds, compilation = _memory(search), chosen.compilation
     sizes, num_micro = run.sizes(chosen.budget), int(batch.tokens.shape[0])
     padding = sizes.slots / sizes.tokens
     # The step that was compiled is the largest one; others take as much less as they have fewer slots.

@@ -16,10 +16,11 @@ from jdpo.config import CONFIGS, TrainConfig, load_config
 from jdpo.planning.machines import machine_of
 from jdpo.planning.plan_command.outlook import Outlook, outlook
 from jdpo.planning.plan_command.pasted_settings import pasted_settings
-from jdpo.planning.plan_command.plan_document import Question, plan_document
+from jdpo.planning.plan_command.plan_document import plan_document
 from jdpo.planning.plan_command.plan_view import MOST_ERROR_LINES, print_plan
 from jdpo.planning.plan_command.planner_process import PlannerCrashed, PlannerProcess
 from jdpo.planning.plan_command.prices import Prices
+from jdpo.planning.plan_command.question import Question
 from jdpo.planning.plan_command.row_lengths import alike
 from jdpo.planning.plan_command.run_length import RunLength
 from jdpo.planning.target_plan import MemoryByKind, TargetPlan

@@ -21,7 +21,8 @@ class RecordUpload:
         self._states: dict[str, tuple[int, int]] = {}
 
     def upload(self, names: Sequence[str] | None = None) -> None:
-        """
+        """Uploads files that have changed.
+
         Args:
           names: files that exist; None: all records.
 

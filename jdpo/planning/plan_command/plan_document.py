@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from jdpo._version import __version__
-from jdpo.config import OptimizerConfig, without_queries
+from jdpo.config import without_queries
 from jdpo.planning.plan_command.outlook import Outlook, Range
 from jdpo.planning.plan_command.pasted_settings import pasted_settings
-from jdpo.planning.plan_command.prices import Prices
-from jdpo.planning.plan_command.row_lengths import RowLengths
-from jdpo.planning.plan_command.run_length import RunLength
+from jdpo.planning.plan_command.question import Question
 from jdpo.planning.target_plan import TargetPlan
 
 DOCUMENT_VERSION = 1
 """Raise this when a key changes its meaning or is removed."""
 
 Json = dict[str, Any]
-
-
-class Question(NamedTuple):
-    """The question that is answered for every target.
-
-    Attributes:
-      command: the training command, dpo or sft.
-      model: as the config names it.
-      rows_per_step: of all devices.
-      optimizer: that of the config.
-      rows_per_device: `micro_batch_size`.
-    """
-
-    command: str
-    model: str
-    rows_per_step: int
-    optimizer: OptimizerConfig
-    rows_per_device: int | None
-    rows: RowLengths
-    run: RunLength
-    prices: Prices | None
 
 
 def plan_document(question: Question, outlooks: list[Outlook]) -> Json:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jdpo.planning.plan_command.outlook import Outlook, Range
 from jdpo.planning.plan_command.pasted_settings import pasted_settings
-from jdpo.planning.plan_command.plan_document import Question
+from jdpo.planning.plan_command.question import Question
 from jdpo.planning.plan_command.ranges import money_range, number_range, time_range
 from jdpo.planning.target_plan import TargetPlan
 from jdpo.safe_text import terminal, terminal_lines

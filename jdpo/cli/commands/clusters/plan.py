@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +14,13 @@ from jdpo import exit_codes
 from jdpo.cli.option_types import not_empty
 from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse, spellings
 from jdpo.cli.run_options import add_task, choose_task, log, print_help
-from jdpo.config import CONFIGS, DPOConfig, TrainConfig, load_config
+from jdpo.config import CONFIGS, TrainConfig, load_config
 from jdpo.planning.machines import Machine, machine_of
+from jdpo.planning.plan_command.prices import read_prices
 
 if TYPE_CHECKING:
     from jdpo.planning.plan_command.outlook import Outlook
-    from jdpo.planning.plan_command.plan_document import Question
-    from jdpo.planning.plan_command.planner_process import PlannerProcess
-    from jdpo.planning.plan_command.prices import Prices
-    from jdpo.planning.plan_command.row_lengths import RowLengths
-    from jdpo.training.setup.model_sources import Sources
+    from jdpo.planning.plan_command.question import Question
 
 NONE_FITS = exit_codes.FAILED
 """The exit code if the run fits none of the targets."""
@@ -93,20 +88,22 @@ def main(command: str, words: Sequence[str]) -> int:
     # Everything that costs nothing to check comes before the first compilation.
     machines = _machines(options.on)
     task, config = _config(line)
-    prices = _prices(options.prices)
+    prices = None if options.prices is None else read_prices(Path(options.prices).expanduser())
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the devices are those that programs are compiled for
-    _check_compilers(machines)
-    sources = _sources(config)
-    rows = _rows(config, sources, options, task)
+    from jdpo.planning.plan_command.one_target import check_compilers, target_outlook
     from jdpo.planning.plan_command.plan_document import plan_document
     from jdpo.planning.plan_command.planner_process import PlannerProcess
+    from jdpo.planning.plan_command.question import model_sources, question_of, row_lengths
 
-    question, config = _question(task, config, sources, rows, options.num_rows, prices)
+    check_compilers(machines)
+    sources = model_sources(config)
+    rows = row_lengths(config, sources, options.lengths, log, pairs=task == "dpo", tokenize=not options.no_tokenize)
+    question, config = question_of(task, config, sources, rows, options.num_rows, prices)
     with PlannerProcess() as process:
         outlooks = [
-            _outlook(question, config, machine, process, f"{number} of {len(machines)}")
+            target_outlook(question, config, machine, process, f"{number} of {len(machines)}")
             for number, machine in enumerate(machines, start=1)
         ]
     if options.json:
@@ -114,9 +111,6 @@ def main(command: str, words: Sequence[str]) -> int:
     else:
         _print(question, outlooks)
     return 0 if any(outlook.fits for outlook in outlooks) else NONE_FITS
-
-
-# --- what is asked
 
 
 def _machines(names: list[str] | None) -> list[Machine]:
@@ -135,22 +129,6 @@ def _machines(names: list[str] | None) -> list[Machine]:
     return machines
 
 
-def _check_compilers(machines: list[Machine]) -> None:
-    """Refuses targets of which none can be planned here.
-
-    Raises:
-      ValueError: all of them are TPUs, and their compiler is not installed.
-    """
-    from jdpo.planning.compile_only import missing_package
-
-    if all(not machine.is_gpu and missing_package(machine) for machine in machines):
-        names = ", ".join(machine.name for machine in machines)
-        raise ValueError(
-            f"planning for {names} needs libtpu, the compiler for TPUs, which is not installed here: "
-            "`pip install libtpu` adds it, and it needs no TPU"
-        )
-
-
 def _config(line: CommandLine) -> tuple[str, TrainConfig]:
     """Returns the command that would train, and its config."""
     task, _ = choose_task(line)
@@ -161,126 +139,6 @@ def _config(line: CommandLine) -> tuple[str, TrainConfig]:
     if not config.packing:
         raise ValueError("packing false: plans are made of packed steps; leave packing out")
     return task, config
-
-
-def _prices(path: str | None) -> Prices | None:
-    if path is None:
-        return None
-    from jdpo.planning.plan_command.prices import read_prices
-
-    return read_prices(Path(path).expanduser())
-
-
-def _sources(config: TrainConfig) -> Sources:
-    """Returns the model's folder, which may hold config.json alone.
-
-    Raises:
-      ValueError: there is none, or it is an adapter.
-    """
-    from jdpo.training.setup.model_sources import find_sources
-
-    try:
-        sources = find_sources(config, weights=False)
-    except ValueError as error:
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model_name_or_path):  # no name on the hub
-            raise ValueError(f"{error}. A plan needs config.json alone") from error
-        raise ValueError(
-            f"{error}. A plan needs config.json alone: `hf download {config.model_name_or_path} config.json "
-            "--local-dir FOLDER` fetches it where there is a network; then give model_name_or_path=FOLDER and --lengths"
-        ) from error
-    if sources.adapter_folder is not None:
-        raise ValueError(
-            f"a plan of a run that continues from an adapter ({sources.adapter_folder}) is not made; plan one that "
-            f"starts a new adapter of the same rank: model_name_or_path={sources.model_folder} lora.r=RANK"
-        )
-    return sources
-
-
-def _rows(config: TrainConfig, sources: Sources, options: argparse.Namespace, task: str) -> RowLengths:
-    """Returns the lengths of the rows: those that are given, or those of the config's data."""
-    from jdpo.planning.plan_command.given_lengths import check_lengths, read_lengths
-    from jdpo.planning.plan_command.row_lengths import alike, listed_rows
-
-    if options.lengths is not None:
-        lengths = read_lengths(options.lengths)
-        check_lengths(lengths, pairs=task == "dpo", max_length=config.max_length)
-        if not options.lengths.endswith(".csv"):
-            return alike(lengths[0], source="--lengths")
-        return listed_rows(lengths, source=options.lengths)
-    from jdpo.data.tokens.tokenizer import load_tokenizer
-    from jdpo.planning.plan_command.data_lengths import lengths_of_data
-
-    try:
-        tokenizer = load_tokenizer(
-            sources.tokenizer_folder,
-            chat_template=config.chat_template,
-            chat_template_kwargs=config.chat_template_kwargs,
-        )
-        return lengths_of_data(config, config, tokenizer, log, pairs=task == "dpo", tokenize=not options.no_tokenize)
-    except (OSError, ValueError) as error:
-        example = "512,300,300, for prompt, chosen and rejected" if task == "dpo" else "812, for a row"
-        raise ValueError(
-            f"the lengths of the rows are needed, and those of the config cannot be had here: {error}\n"
-            f"Give --lengths, such as --lengths {example}, or a CSV file"
-        ) from error
-
-
-def _question(
-    task: str, config: TrainConfig, sources: Sources, rows: RowLengths, num_rows: int | None, prices: Prices | None
-) -> tuple[Question, TrainConfig]:
-    """Returns what is asked of every target, and the config with the model's folder and a settled reference."""
-    from jdpo.planning.plan_command.plan_document import Question
-    from jdpo.planning.plan_command.run_length import run_length
-    from jdpo.training.setup.tasks import task_for
-
-    dpo = config if isinstance(config, DPOConfig) else None
-    run = run_length(config, dpo, task_for(config), rows, num_rows=num_rows)
-    if dpo is not None and run.reference != dpo.reference:
-        config = dataclasses.replace(dpo, reference=run.reference)
-    question = Question(
-        command=task,
-        model=sources.name,
-        rows_per_step=config.global_batch_size,
-        optimizer=config.optimizer,
-        rows_per_device=config.micro_batch_size,
-        rows=rows,
-        run=run,
-        prices=prices,
-    )
-    return question, dataclasses.replace(config, model_name_or_path=str(sources.model_folder))
-
-
-# --- the answer
-
-
-def _outlook(question: Question, config: TrainConfig, machine: Machine, process: PlannerProcess, place: str) -> Outlook:
-    """Plans a target; whatever goes wrong is its own row."""
-    from jdpo.data.prepared.prepare import cache_folder
-    from jdpo.planning.compile_only import missing_package
-    from jdpo.planning.plan_command.one_target import log_target, plan_by_name
-    from jdpo.planning.plan_command.outlook import Outlook, outlook
-
-    compiled = missing_package(machine) is None
-    log_target(machine.name, f"{place}, {_usual_time(machine) if compiled else 'without a compiler'}")
-    arguments = machine.name, config, question.rows.sample(config.seed), cache_folder(config.cache_dir)
-    try:
-        # A compiler may crash; a formula does not.
-        plan = process.call(plan_by_name, *arguments) if compiled else plan_by_name(*arguments)
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        return Outlook(machine=machine, plan=None, failure=f"{kind}{error}")
-    return outlook(
-        machine,
-        plan,
-        question.run,
-        adapters=bool(config.lora),
-        price_per_hour=None if question.prices is None else question.prices.per_hour(machine),
-    )
-
-
-def _usual_time(machine: Machine) -> str:
-    one = "4 to 30 seconds" if machine.is_gpu else "1 to 3 minutes"
-    return f"up to 3 compilations, which usually take {one} each; a plan that was made before comes from the cache"
 
 
 def _print(question: Question, outlooks: list[Outlook]) -> None:

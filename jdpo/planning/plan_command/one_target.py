@@ -46,10 +46,10 @@ def target_outlook(
       place: of the machine among all of them, for the user, such as "1 of 3".
     """
     compiled = missing_package(machine) is None
-    log_target(machine.name, f"{place}, {_usual_time(machine) if compiled else 'without a compiler'}")
+    _log(machine.name, f"{place}, {_usual_time(machine) if compiled else 'without a compiler'}")
     arguments = machine.name, config, question.rows.sample(config.seed), cache_folder(config.cache_dir)
     try:
-        plan = process.call(plan_by_name, *arguments) if compiled else plan_by_name(*arguments)
+        plan = process.call(_plan, *arguments) if compiled else _plan(*arguments)
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         return Outlook(machine=machine, plan=None, failure=f"{kind}{error}")
@@ -67,12 +67,12 @@ def _usual_time(machine: Machine) -> str:
     return f"up to 3 compilations, which usually take {one} each; a plan that was made before comes from the cache"
 
 
-def plan_by_name(name: str, config: TrainConfig, lengths: list[Lengths], cache_dir: Path) -> TargetPlan:
-    """Plans a machine by its name, and logs to standard error; a function of a module, as another process needs it."""
+def _plan(name: str, config: TrainConfig, lengths: list[Lengths], cache_dir: Path) -> TargetPlan:
+    """Plans for a machine by its name, in this process or another, and logs to standard error."""
     jax.config.update("jax_platforms", "cpu")  # the devices are those that programs are compiled for
-    return plan_target(config, machine_of(name), lengths, cache_dir=cache_dir, log=partial(log_target, name))
+    return plan_target(config, machine_of(name), lengths, cache_dir=cache_dir, log=partial(_log, name))
 
 
-def log_target(name: str, text: str) -> None:
+def _log(name: str, text: str) -> None:
     """Writes a line about a target to standard error."""
     print(terminal_lines(f"{name}: {text}"), file=sys.stderr, flush=True)

@@ -134,8 +134,8 @@ class RunMirror:
         # the watchdog takes bytes that move for progress.
         if PROGRESS.phase not in ("save", "export"):
             PROGRESS.enter("save")
-        # Where one of several processes fails, the others may be gone.
-        alone = error is not None and jax.process_count() > 1
+        # Where one of several processes fails, the others may be gone; and a second Ctrl-C ends a run at once.
+        alone = error is not None and (jax.process_count() > 1 or isinstance(error, KeyboardInterrupt))
         signalled = not alone and (self._stop.signalled() if error is None else self._has_signal())
         given_up = self._patience(signalled=signalled, leaves=alone)
         if self._follower is not None:

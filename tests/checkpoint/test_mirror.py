@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -227,6 +228,46 @@ def test_a_damaged_checkpoint_is_not_mirrored(run: Path, mirror: Path, uploads: 
     assert one.close() == ["the checkpoint of step 1"]
     assert complete_steps(mirror / CHECKPOINTS) == [2]
     assert "is not the file that was written" in str(one.leader.error)
+
+
+def test_a_checkpoint_of_a_run_that_ends_while_the_mirror_is_compared_is_uploaded(
+    run: Path, mirror: Path, uploads: Callable[..., Uploads]
+) -> None:
+    one, looks, ends = uploads(), threading.Event(), threading.Event()
+
+    def kept(manifests: Mapping[int, Any]) -> Collection[int]:
+        looks.set()
+        assert ends.wait(DEADLINE)
+        return list(manifests)
+
+    def given_up() -> bool:
+        ends.set()
+        return False
+
+    one.leader.follow(None, kept, lambda: None)
+    assert looks.wait(DEADLINE)
+    write_step(run, 1)
+    one.leader.close(given_up)
+    assert one.leader.missing() == []
+    assert complete_steps(mirror / CHECKPOINTS) == [1]
+
+
+def test_nothing_is_left_of_a_step_that_was_deleted_before_its_upload_succeeded(
+    run: Path, mirror: Path, uploads: Callable[..., Uploads]
+) -> None:
+    one = uploads()
+    one.leader.records.upload()
+    obstacle = mirror / CHECKPOINTS / "1" / "state" / "manifest.ocdbt"
+    obstacle.mkdir(parents=True)  # where a file has to be
+    write_step(run, 1)
+    one.follow(1)
+    one.wait(lambda: one.leader.failures >= 1)
+    assert any(path.is_file() for path in obstacle.parent.rglob("*")), "other files were uploaded"
+    delete_step(run / CHECKPOINTS / "1")
+    write_step(run, 2)
+    assert one.close() == []
+    assert complete_steps(mirror / CHECKPOINTS) == [2]
+    assert not [path for path in (mirror / CHECKPOINTS / "1").rglob("*") if path.is_file()]
 
 
 def test_a_metric_that_becomes_known_later_is_mirrored(

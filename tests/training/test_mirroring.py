@@ -183,6 +183,26 @@ def test_what_ends_a_run_is_told_also_where_its_folder_cannot_be_written(config:
     assert "cannot be ended" in lines[-1]
 
 
+def test_a_second_ctrl_c_does_not_wait_for_uploads(config: Callable[..., DPOConfig], tmp_path: Path) -> None:
+    def is_interrupted() -> None:
+        with (
+            RunDirectory(config(), "dpo") as directory,
+            StopRequest() as stop,
+            open_mirror(config(), directory, stop, print) as mirror,
+        ):
+            assert mirror is not None
+            (tmp_path / "mirror" / "checkpoints").write_text("where a folder has to be: no upload succeeds")
+            mirror.follow(None, all_of, lambda: None)
+            save(directory, 1)
+            stop.interrupt()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        is_interrupted()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["mirror"].get("failures", 0) < 2, "it is not tried again"
+
+
 @pytest.mark.ci  # it waits for the pauses between five attempts
 def test_a_finished_run_that_could_not_be_copied_says_so(config: Callable[..., DPOConfig], tmp_path: Path) -> None:
     start(config(), print, 1)

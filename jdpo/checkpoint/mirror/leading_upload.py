@@ -155,13 +155,16 @@ class Leader:
 
     def _work(self) -> None:
         while not self._abandoned:
-            folder = None
+            # Before looking for what is missing: a checkpoint may be saved, and the run end, while this thread looks.
+            folder, ending = None, self._ending
             try:
                 if (folder := self._next()) is not None:
                     self._upload(folder)
                 else:
                     self._tidy()
             except CannotUpload as error:
+                if folder != EXPORT and read_manifest(self._run / str(folder)) is None:
+                    continue  # as an old step, it has been deleted on the disk meanwhile
                 self._skipped[str(folder)] = f"{folder}: {error}"
                 self._note(f"{folder}: {error}")
             except Exception as error:  # of the store or of the disk; whatever it is, the thread must live
@@ -172,7 +175,7 @@ class Leader:
                 self._pause(self._backoff.seconds())
             else:
                 self._backoff.clear()
-                if folder is None and self._ending:
+                if folder is None and ending:
                     return
                 if folder is None:
                     self._pause(None)
@@ -224,6 +227,8 @@ class Leader:
             self._steps[_step_of(folder)] = manifest
             return
         self._clear(folder, manifest["files"])
+        if folder != EXPORT:
+            self._partial.add(_step_of(folder))  # until its manifest is there
         self._number += 1
         task = Task(self._number, folder, manifest["files"], again=folder in self._again)
         self._notes.publish(task)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shlex
 import textwrap
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -34,9 +33,8 @@ def render(template: str, request: LaunchRequest, options: Any, **values: Any) -
     Raises:
       jinja2.UndefinedError: the template names a value that is not given.
     """
-    text = resources.files("jdpo.launch").joinpath("templates", template).read_text(encoding="utf-8")
     known = {"request": request, "machine": request.machine, "options": options}
-    return _environment().from_string(text).render(**known, **values).rstrip() + "\n"
+    return _environment().get_template(template).render(**known, **values).rstrip() + "\n"
 
 
 def yaml_scalar(value: object) -> str:
@@ -89,6 +87,7 @@ def _environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jdpo.launch"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

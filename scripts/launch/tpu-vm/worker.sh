@@ -31,11 +31,9 @@ make_folder() {
   [[ -w $folder ]] || sudo chmod 1777 "$folder" || fail "cannot make $folder writable"
 }
 
-# Installs jdpo, once on each host.
-install() {
-  make_folder
+# Installs jdpo in an environment in the current folder, unless it is there.
+install_jdpo() {
   local mark
-  cd "$here" || fail "no $here"
   # A wheel may have been built again with the same name.
   mark="$package $(cat requirements-tpu.txt </dev/null | cksum)"
   if [[ $(cat installed 2>/dev/null) != "$mark" ]]; then
@@ -45,6 +43,13 @@ install() {
     uv pip install --quiet --python venv/bin/python --constraint requirements-tpu.txt "$package" || fail "cannot install $package"
     echo "$mark" >installed
   fi
+}
+
+# Prepares a host, once.
+install() {
+  make_folder
+  cd "$here" || fail "no $here"
+  install_jdpo
   # gcloud does not report the exit code of every host, so that the answers are counted.
   echo jdpo-installed
 }

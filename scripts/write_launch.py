@@ -32,10 +32,8 @@ EXAMPLES = {
     "slurm": f"slurm configs/llama_3_1_8b_lora.yaml --on h100x16 --time 24:00:00 {_ON_SHARED} --doctor",
     "skypilot": f"skypilot configs/llama_3_1_8b_lora.yaml --on h100x16 {_OF_GPUS} {_NFS} --spot --doctor",
     "skypilot-tpu": f"skypilot configs/llama_3_1_8b_tpu.yaml --on v6e-16 {_OF_PACKAGE} {_PINNED} {_NFS}",
-    "tpu-vm": "tpu-vm configs/llama_3_1_8b_tpu.yaml --on v6e-16 --zone us-east5-b --spot "
+    "tpu-vm": "tpu-vm configs/llama_3_1_8b_tpu.yaml --on v6e-16 --zone us-east5-b --spot --doctor "
     f"{_OF_PACKAGE} {_PINNED} {_NFS}",
-    "tpu-vm-multislice": "tpu-vm configs/llama_3_1_8b_tpu.yaml --on 2xv5e-16 --zone us-west4-a --reserved --doctor "
-    f"{_OF_PACKAGE} {_NFS}",
     "host": f"host configs/llama_3_1_8b_lora.yaml --on h100x8 {_ON_SHARED}",
 }
 """Folder -> the words after `jdpo launch`."""

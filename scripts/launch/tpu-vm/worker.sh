@@ -100,7 +100,8 @@ run() {
     echo 1 >"$here/$1.exit"
     exit
   }
-  child jdpo dpo "$config"
+  child jdpo doctor "$config" --task dpo &&
+    child jdpo dpo "$config"
   echo $? >"$here/$1.part" && mv "$here/$1.part" "$here/$1.exit"
 }
 

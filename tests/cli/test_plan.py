@@ -60,6 +60,7 @@ def test_a_plan_needs_config_json_alone(
     assert [each["fits"] for each in (eight, one)] == [True, True]
     assert eight["how"] == "estimated"
     assert (eight["devices"], eight["hosts"], document["run"]["steps"]) == (8, 1, 10)
+    assert document["rows"]["rows_per_epoch"] == 80
     assert 0 < eight["peak_bytes"] < eight["hbm_bytes"]
     assert 0 < eight["step_seconds_low"] <= eight["step_seconds_high"]
     assert 0 < eight["cost_low"] <= eight["cost_high"]
@@ -114,7 +115,10 @@ def test_one_targets_failure_is_its_own(words: Callable[..., list[str]], capsys:
         (("--on", "h100", "--lengths=1,2,3", "--prices=nowhere.yaml"), "no file of prices"),
         (("--on", "h100", "--lengths=1,2,3", "--packing=false"), "packing"),
         (("--on", "h100"), "datasets"),
+        (("--on", "h100", "--lengths=1,2,3", "--prices=."), "found the folder"),
         (("--on", "h100", "--lengths=1,2,3", "--model_name_or_path=no/where"), "hf download no/where config.json"),
+        (("--on", "h100", "--lengths=1,2,3", "--model_name_or_path=/"), "a folder with a config.json"),
+        (("--on", "h100x999999", "--lengths=1,2,3"), "at most 1,024"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_planned(

@@ -43,7 +43,7 @@ def model_sources(config: TrainConfig) -> Sources:
     """Returns the model's folder, which may hold config.json alone.
 
     Raises:
-      ValueError: there is none, or it is an adapter.
+      ValueError: there is none, it has no config.json, or it is an adapter.
     """
     try:
         sources = find_sources(config, weights=False)
@@ -54,6 +54,8 @@ def model_sources(config: TrainConfig) -> Sources:
             f"{error}. A plan needs config.json alone: `hf download {config.model_name_or_path} config.json "
             "--local-dir FOLDER` fetches it where there is a network; then give model_name_or_path=FOLDER and --lengths"
         ) from error
+    if not (sources.model_folder / "config.json").is_file():
+        raise ValueError(f"model_name_or_path {sources.name}: expected a folder with a config.json")
     if sources.adapter_folder is not None:
         raise ValueError(
             f"a plan of a run that continues from an adapter ({sources.adapter_folder}) is not made; plan one that "
@@ -117,7 +119,7 @@ def question_of(
         rows_per_step=config.global_batch_size,
         optimizer=config.optimizer,
         rows_per_device=config.micro_batch_size,
-        rows=rows,
+        rows=dataclasses.replace(rows, rows_per_epoch=num_rows or rows.rows_per_epoch),
         run=run,
         prices=prices,
     )

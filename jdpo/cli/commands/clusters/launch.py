@@ -126,7 +126,7 @@ def main(command: str, words: Sequence[str]) -> int:
         print(parser().format_help(), end="")
         return 0
     if not words or words[0].startswith("-"):
-        raise ValueError(f"the launcher comes first: `jdpo launch {_USAGE}`")
+        raise ValueError(f"the launcher comes first, one of {', '.join(LAUNCHERS)}: `jdpo launch {_USAGE}`")
     asked = _parse(words)
     launch = _launch_of(asked)
     if asked.dry_run:

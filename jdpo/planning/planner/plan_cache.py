@@ -14,12 +14,14 @@ from typing import Any
 from jdpo.config import TrainConfig
 from jdpo.config.groups import DataSettings, LoggingSettings, OutputSettings, SampleSettings
 from jdpo.durable import write_durably
-from jdpo.file_digests import files_digest
+from jdpo.file_digests import code_digests
 from jdpo.planning.machines import Machine
 from jdpo.planning.target_plan import TargetPlan
 
-_CODE = ("chips.py", "config", "data/batching", "devices.py", "losses", "models", "planning", "sharding", "training")
+_CODE = tuple("chips.py config/ data/batching/ devices.py losses/ models/ planning/ sharding/ training/".split())
 """Files and folders of the package that decide a plan."""
+
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax")
 """Packages whose versions decide a plan."""
@@ -49,7 +51,7 @@ def plan_key(config: TrainConfig, machine: Machine, lengths: Sequence[Sequence[i
         "settings": settings,
         "machine": dataclasses.asdict(machine),
         "lengths": [list(map(int, of_row)) for of_row in lengths],
-        "code": _code_digest(),
+        "code": {path: digest for path, digest in code_digests(_PACKAGE).items() if path.startswith(_CODE)},
         "versions": {name: _version(name) for name in _COMPILERS},
         "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
     }
@@ -88,13 +90,6 @@ def _checked(found: Any) -> dict[str, Any]:
     if hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest() != found["digest"]:
         raise ValueError("the plan is not as it was written")
     return plan
-
-
-def _code_digest() -> str:
-    root = Path(__file__).resolve().parents[2]
-    places = [root / name for name in _CODE]
-    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
-    return files_digest(files)
 
 
 def _version(package: str) -> str | None:

@@ -18,7 +18,11 @@ from jdpo.file_digests import code_digests
 from jdpo.planning.machines import Machine
 from jdpo.planning.target_plan import TargetPlan
 
-_CODE = tuple("chips.py config/ data/batching/ devices.py losses/ models/ planning/ sharding/ training/".split())
+# fmt: off
+_CODE = (
+    "chips.py", "config/", "data/batching/", "devices.py", "losses/", "models/", "planning/", "sharding/", "training/",
+)
+# fmt: on
 """Files and folders of the package that decide a plan."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]

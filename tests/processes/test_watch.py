@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -145,22 +145,9 @@ def watches(states: dict[int, State], heard: list[int]) -> dict[int, Watch]:
 @pytest.mark.ci  # heartbeats take seconds
 def test_all_processes_get_the_verdict_on_a_stuck_one() -> None:
     waiting = State("step", 13, 0, -1.0, 301.0, 0)
-    found: dict[int, Verdict | None] = {}
-    each = watches({0: waiting, 1: State("evaluation", 12, 2, -1.0, 302.0, 0), 2: waiting}, [])
-
-    def wait(index: int) -> None:
-        found[index] = each[index].wait()
-
-    threads = [threading.Thread(target=wait, args=(index,)) for index in each]
-    for index, thread in enumerate(threads):
-        each[index].start()
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for watch in each.values():
-        watch.leave()
-    assert {verdict and verdict.stuck for verdict in found.values()} == {frozenset({1})}
-    assert all(verdict and "(host node1) is stuck" in verdict.text for verdict in found.values())
+    found = verdicts_of(watches({0: waiting, 1: State("evaluation", 12, 2, -1.0, 302.0, 0), 2: waiting}, []), 60)
+    assert {verdict and verdict.stuck for verdict in found} == {frozenset({1})}
+    assert all(verdict and "(host node1) is stuck" in verdict.text for verdict in found)
 
 
 @pytest.mark.ci
@@ -182,20 +169,18 @@ def test_all_processes_hear_of_a_signal_to_one() -> None:
 def test_processes_with_nothing_to_save_leave_together_unless_one_ends_in_order() -> None:
     stopping = State("compile", 0, 3, 100.0, 1.0, 15, may_leave=True)
     for ending in (False, True):
-        found: dict[int, Verdict | None] = {}
         each = watches({0: stopping, 1: stopping._replace(may_leave=not ending)}, [])
+        found = verdicts_of(each, 3 * LEAVE_SECONDS if ending else 60)
+        assert [verdict is not None and verdict.leaves for verdict in found] == [not ending] * 2
 
-        def wait(index: int, each: dict[int, Watch] = each, found: dict[int, Verdict | None] = found) -> None:
-            found[index] = each[index].wait()
 
-        threads = [threading.Thread(target=wait, args=(index,)) for index in each]
-        for index, thread in enumerate(threads):
-            each[index].start()
-            thread.start()
-        for thread in threads:
-            thread.join(1.5 * LEAVE_SECONDS if ending else 60)
+def verdicts_of(each: dict[int, Watch], seconds: float) -> list[Verdict | None]:
+    """Returns the verdicts of watches; None for one that has none after so many seconds, when all leave."""
+    with ThreadPoolExecutor(len(each)) as pool:
+        for watch in each.values():
+            watch.start()
+        pending = [pool.submit(watch.wait) for watch in each.values()]
+        wait(pending, seconds)
         for watch in each.values():
             watch.leave()
-        for thread in threads:
-            thread.join(60)
-        assert [verdict is not None and verdict.leaves for verdict in found.values()] == [not ending] * 2
+        return [future.result(60) for future in pending]

@@ -209,7 +209,7 @@ def _place_of(request: LaunchRequest) -> tuple[Variable, ...]:
     """Returns the variables about the number of processes; JAX_PROCESS_ID is a field of the pod."""
     machine = request.machine
     if machine.num_hosts == 1:
-        return (Variable("JAX_NUM_PROCESSES", "1", "one pod: there is nobody to join"),)
+        return (Variable("JAX_NUM_PROCESSES", "1", "one pod: there is no other to join"),)
     if not machine.is_gpu:
         return ()  # GKE sets TPU_WORKER_ID, TPU_WORKER_HOSTNAMES and MEGASCALE_*, from which JAX detects the cluster
     # Kubernetes tells a pod its own index, but not the number of pods.

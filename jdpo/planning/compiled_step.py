@@ -1,4 +1,4 @@
-"""Compiles a planned step for a machine that need not be at hand."""
+"""Compiles a planned step for a machine that does not have to be here."""
 
 from __future__ import annotations
 

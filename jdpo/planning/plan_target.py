@@ -1,4 +1,4 @@
-"""Plans a run on a machine that need not be at hand: will it fit, how, how fast, and what limits it."""
+"""Plans a run on a machine that does not have to be here: will it fit, how, how fast, and what limits it."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Leader:
         self._wake.set()
 
     def held(self) -> Collection[int]:
-        """Returns the step that is being uploaded, which must not be deleted meanwhile."""
+        """Returns the step that is being uploaded, which must not be deleted until then."""
         return () if self._held is None else (self._held,)
 
     @property

@@ -26,7 +26,7 @@ class Outlook:
       plan: of a step; None where planning failed.
       failure: why it failed; None where it did not.
       training_seconds: of all steps; None where one or the other is not known.
-      reference_seconds: of the reference's log-probs, computed once; None likewise or where there is no such pass.
+      reference_seconds: of the reference's log-probs, computed once; None in these cases, too, or without such a pass.
       price_per_hour: of the whole machine; None where the user gives none.
     """
 

@@ -69,7 +69,7 @@ start() {
   # Tokens and keys come over the connection: they are in the memory of the run, and in no file or command line.
   eval "$(cat)"
   if is_running "$(cat "$here/current" 2>/dev/null)"; then
-    # It was left alone when the others were started anew.
+    # It was left alone when the others were started again.
     kill -KILL "$(cat "$here/child")" "$(cat "$here/pid")"
   fi
   make_folder
@@ -118,7 +118,7 @@ status() {
   fi
   if ! is_running "$id"; then
     state=ended
-    # No exit code: the host was started anew, or the system killed the script.
+    # No exit code: the host was restarted, or the system killed the script.
     code=$(cat "$here/$id.exit" 2>/dev/null || echo 137)
   fi
   [[ ! -e $here/$id.stopped ]] || stopped=stopped

@@ -32,7 +32,7 @@ def parser(*, complete: bool = False) -> Parser:
         "plan",
         "CONFIG.yaml --on TARGET ... [--lengths P,C,R] [--KEY VALUE] ...",
         "Tells for each target whether a `jdpo dpo` or `jdpo sft` run fits, on which mesh, in which time and at what "
-        "cost. The step is compiled here for the target's devices, which need not be at hand: for TPUs that takes the "
+        "cost. The step is compiled here, without the target's devices: for TPUs that takes the "
         "package libtpu, for GPUs jax[cuda13], without which memory and time are estimated by formula. "
         "Weights are neither read nor downloaded: a model folder with config.json alone is enough.",
         epilog="Targets: v5e-16, v5p-64, v6e-16, tpu7x-8 (TPU slices by their names in the cloud), 2xv5e-16 (two "

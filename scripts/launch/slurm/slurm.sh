@@ -66,7 +66,8 @@ pass_on() {
 }
 trap pass_on TERM
 
-# Runs a command as the tasks of the job; the exit code is the highest of theirs.
+# Runs a command as the tasks of the job; the exit code is the highest of theirs, so that 75 of tasks that wait for another
+# hides its 1 or 2 if it fails before they have joined.
 run_tasks() {
   local tasks code
   # When a task ends, the others end by themselves within a minute, with a message; one that is stuck is killed later.

@@ -243,6 +243,14 @@ def test_local_inputs_are_named(config: Path) -> None:
     assert "/shared/pairs.jsonl" in said[0]
 
 
+@pytest.mark.parametrize("key", ["datasets", "eval_datasets"])
+def test_rows_on_s3_need_its_keys(config: Path, key: str) -> None:
+    names = {
+        each["name"] for each in container_of(documents(config, "v6e-16", f"{key}=s3://b/x.jsonl")["JobSet"])["env"]
+    }
+    assert names >= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+
+
 def test_a_single_pod_with_a_mirror_needs_no_volume(config: Path) -> None:
     words = ["jobset", str(config), "--on", "v6e-8", "--image", "repo/jdpo:1", "mirror=s3://bucket/runs/first"]
     made = planned(words)

@@ -148,6 +148,13 @@ def test_the_prompt_of_a_debugger_is_recognised() -> None:
     assert found.is_set(), "pdb waits for a command on the main thread"
 
 
+@pytest.mark.parametrize("name", [None, 3, "pdbs"])
+def test_code_of_any_name_is_no_debugger(name: object) -> None:
+    found: list[bool] = []
+    exec("found.append(is_debugged())", {"__name__": name, "found": found, "is_debugged": is_debugged})
+    assert found == [False]
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts the bytes of a process")
 def test_bytes_moved_are_those_of_this_process(tmp_path: Path) -> None:
     before = bytes_moved()

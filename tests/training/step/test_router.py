@@ -191,6 +191,8 @@ def test_packing_changes_nothing(whole_dpo: LossAndGrads) -> None:
         pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, 1, marks=pytest.mark.full),
         # Gradients are summed over the micro-batches on each of two slices, and then over these.
         pytest.param({"slices": 2, "fsdp": 2, "expert": 2}, 2, marks=pytest.mark.full),
+        pytest.param({"data": 2, "fsdp": 1, "expert": 2, "tensor": 2}, 3, marks=pytest.mark.full),
+        pytest.param({"data": 8, "fsdp": 1}, 2, marks=pytest.mark.full),
     ],
     ids=str,
 )

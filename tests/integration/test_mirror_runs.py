@@ -69,7 +69,8 @@ def test_a_run_continues_on_an_empty_disk_with_the_same_bits(
     server.refuses = _refusing_first_uploads(3)
     result = train(load_config(DPOConfig, None, words[1:]), callbacks=[SignalAt(9)])
     assert (result.step, result.exit_code) == (9, 143)
-    assert capsys.readouterr().err.count("not up to date") == 1
+    # Once as it happens; the findings of the stopped run may have it as well, if it was not yet tried again.
+    assert capsys.readouterr().err.count("warning: the mirror is not up to date") == 1
     shutil.rmtree(run)  # the machine is gone
     assert main(words) == 0
     assert "checkpoint of step 9" in capsys.readouterr().err

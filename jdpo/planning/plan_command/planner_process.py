@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,13 @@ class PlannerProcess:
             # timeout=None: jax is imported once, for all targets.
             self._executor = ProcessPoolExecutor(1, timeout=None, initializer=end_with_parent, initargs=(os.getpid(),))
         try:
-            # Ctrl-C reaches this process alone, which then ends the other one.
-            with no_interrupt():
-                future = self._executor.submit(function, *args)
-            return future.result()
+            with warnings.catch_warnings():
+                # A compiler needs hundreds of MB; loky replaces a process that has grown by so much after its task.
+                warnings.filterwarnings("ignore", "A worker was restarted", UserWarning)
+                # Ctrl-C reaches this process alone, which then ends the other one.
+                with no_interrupt():
+                    future = self._executor.submit(function, *args)
+                return future.result()
         except BrokenProcessPool as error:
             self.close()
             code = re.search(r"exit codes of the workers are \{(.*?)\}", str(error))

@@ -27,7 +27,7 @@ from jdpo.launch.shell_words import (
 from jdpo.planning.machines import GPUS_OF_NODE, Machine
 
 _MOST_GRACE_SECONDS = 65535
-"""Of sbatch --signal."""
+"""The limit of sbatch --signal."""
 
 _TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"
 """Time limits that sbatch reads."""

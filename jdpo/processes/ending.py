@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 
 from jdpo.exit_codes import FAILED, LOST, STALLED
 from jdpo.processes.guard import Guard, end_for_stall
-from jdpo.processes.last_line import end_saying, write_line, write_stacks
+from jdpo.processes.last_line import end_saying, this_process, write_line, write_stacks
 from jdpo.processes.process_progress import PROGRESS
 from jdpo.processes.relay import current_relay
 from jdpo.processes.watch import DEFAULT_TIMEOUT, Verdict, Watch
@@ -60,13 +59,12 @@ def ending_together(
     if client is None:
         yield
         return
-    host = f"host {socket.gethostname()}, pid {os.getpid()}"
     watch = Watch(
         client,
         index=index,
         count=joined.num_processes,
         timeout=timeout,
-        host=host,
+        host=this_process(),
         relay=relay,
         state=guard.state if guard else None,
         on_stop=guard.stop if guard else None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import select
 import signal
 import socket
@@ -20,7 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from jdpo.exit_codes import STALLED
-from jdpo.processes.last_line import end_at_once, end_saying, write_stacks
+from jdpo.processes.last_line import end_at_once, end_saying, this_process, write_stacks
 from jdpo.processes.process_progress import PROGRESS, State
 from jdpo.processes.stalls import point_of
 from jdpo.processes.watch import LEAVE_SECONDS
@@ -102,8 +101,7 @@ class Guard:
         elif now - self._stop_since > LEAVE_SECONDS:
             self.leave()
         if self._latest.left < 0:
-            host = f"host {socket.gethostname()}, pid {os.getpid()}"
-            text = f"this process ({host}) is stuck: {point_of(self._latest)} for {self._latest.idle:.0f} s"
+            text = f"this process ({this_process()}) is stuck: {point_of(self._latest)} for {self._latest.idle:.0f} s"
             end_for_stall(text, STALLED, self._index, self._folder, self._advice)
 
     # --- signals, on the main thread

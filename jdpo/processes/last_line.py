@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -17,6 +18,11 @@ from jdpo.safe_text import terminal
 
 _LAST_WORDS_SECONDS = 5.0
 """Time limit for looking up what was saved: the disk may not answer."""
+
+
+def this_process() -> str:
+    """Returns the host and the process id, as the last lines of a run name a process."""
+    return f"host {socket.gethostname()}, pid {os.getpid()}"
 
 
 def end_at_once(text: str, code: int = LOST, *, kind: str = "error") -> NoReturn:

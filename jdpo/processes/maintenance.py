@@ -22,7 +22,7 @@ _SERVER = "169.254.169.254"
 """By number: a look-up of the name would take seconds on machines elsewhere."""
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _EVENTS = {"instance/preempted": ("TRUE",), "instance/maintenance-event": ("TERMINATE_ON_HOST_MAINTENANCE",)}
-"""Path on the metadata server -> values that announce the end of the machine. A migration is none."""
+"""Path on the metadata server -> values that announce the end of the machine. A migration does not."""
 _HAS_NOT = (http.client.BAD_REQUEST, http.client.FORBIDDEN, http.client.NOT_FOUND)
 _WAIT_SECONDS = 300
 """After this time the server answers even if nothing has changed, so that a connection that was lost is noticed."""

@@ -87,7 +87,7 @@ def test_four_processes_then_two_then_eight(start: Start, tmp_path: Path) -> Non
     assert metrics_of(tmp_path / "four") == expected
     for name, array in state_of(tmp_path / "four").items():
         assert array.tobytes() == state[name].tobytes(), name
-    # With others: the same numbers, but for the order in which they are summed.
+    # With others: the same numbers, except for the order in which they are summed.
     found = metrics_of(tmp_path / "run")
     for line, other in zip(found, expected, strict=True):
         assert line.keys() == other.keys()

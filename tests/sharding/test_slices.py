@@ -25,7 +25,7 @@ from jdpo.sharding.slices import count_slices
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a mesh asks of a device that is not here."""
+    """A device that is not here, as far as a mesh asks about it."""
 
     id: int
     slice_index: int

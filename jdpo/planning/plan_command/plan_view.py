@@ -26,7 +26,7 @@ DROPPED_FIRST = ("tokens", "remat", "mesh", "memory", "optimizer", "how")
 """Columns that are left out, in this order, until the table fits the terminal; what they say is below it, too."""
 
 Line = tuple[str, str]
-"""A label and what it says."""
+"""A label and its text."""
 
 
 def print_plan(question: Question, outlooks: list[Outlook], console: Console) -> None:

@@ -126,7 +126,7 @@ def _check_name(name: str, section: str, where: str) -> None:
 
 
 class _Lines:
-    """Where the keys of a YAML mapping are."""
+    """The places of the keys of a YAML mapping."""
 
     def __init__(self, path: Path, text: str) -> None:
         self._path, self._root = path, yaml.compose(text, Loader=yaml.SafeLoader)

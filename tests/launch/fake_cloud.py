@@ -106,7 +106,11 @@ case $code in
     touch "$CLOUD/waits"
     while [[ ! -e $CLOUD/finish ]]; do /bin/sleep 0.05; done
     ;;
-  deaf) printf 'x\nx\nx\nx\n' > "$CLOUD/deaf" ;;
+  deaf)
+    printf 'x\nx\nx\nx\n' > "$CLOUD/deaf"
+    # The run goes on until the connections have been tried.
+    while [[ -s $CLOUD/deaf ]]; do /bin/sleep 0.02; done
+    ;;
   *) exit "$code" ;;
 esac
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from jdpo.checkpoint.mirror.share_upload import LAST_ATTEMPTS
 from jdpo.checkpoint.steps import MANIFEST, complete_steps, digests_of
 from jdpo.config import DPOConfig
 from jdpo.processes import PROGRESS
@@ -216,7 +217,8 @@ def test_a_finished_run_that_could_not_be_copied_says_so(config: Callable[..., D
     assert error.value.exit_code == 1
     assert sum("not up to date" in line for line in lines) == 1
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (record["finished"], record["mirror"]["failures"]) == (True, 5)
+    assert record["finished"]
+    assert record["mirror"]["failures"] >= LAST_ATTEMPTS, "and those before the run ended"
     (tmp_path / "mirror" / "checkpoints").unlink()
     with (
         RunDirectory(config(), "dpo") as directory,

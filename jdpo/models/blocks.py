@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdpo.models.attention import LayerCache
+from jdpo.models.context import Context, LayerKeys
 from jdpo.models.experts.routing import MoE
 from jdpo.models.layers import INIT_STDDEV, MLP, Norm, scaled
 from jdpo.models.lookup import lookup
 from jdpo.models.model_config import LayerKind, ModelConfig
 from jdpo.models.remat import REMAT_POLICIES, named_layer_input
-from jdpo.models.self_attention import Attention, AttentionSettings, Context, LayerKeys
+from jdpo.models.self_attention import Attention, AttentionSettings
 
 
 class DecoderLayer(nn.Module):

@@ -16,7 +16,6 @@ from flax import linen as nn
 from jdpo.devices import target
 from jdpo.models.attention import (
     LayerCache,
-    VisibleSlots,
     cached_attention,
     causal_attention,
     choose_attention,
@@ -26,49 +25,12 @@ from jdpo.models.attention import (
     write_tails,
 )
 from jdpo.models.attention.splash import tiling
+from jdpo.models.context import Context, LayerKeys
 from jdpo.models.layers import Norm, Projection
 from jdpo.models.mesh_axes import mesh_axes
 from jdpo.models.model_config import LayerKind, ModelConfig
-from jdpo.models.packed_attention import PackedSequences, attend_packed
-from jdpo.models.rope import RopeTables, apply_rope
-
-
-class Context(NamedTuple):
-    """Inputs that all layers share.
-
-    Attention is given by one of `positions` and `mask` (padded rows), `packed` (flat rows), `lengths` (prompts, whose
-    keys and values are kept) and `tails` (with a cache).
-
-    Attributes:
-      ropes: the tables of `ModelConfig.ropes`, in the same order.
-      token_weights: [n, t], weights of tokens in a router's statistics; 0 on padding.
-      positions, mask: int and bool [n, t].
-      lengths: int [n], of right-padded prompts.
-    """
-
-    ropes: tuple[RopeTables, ...]
-    token_weights: jax.Array
-    positions: jax.Array | None = None
-    mask: jax.Array | None = None
-    packed: PackedSequences | None = None
-    lengths: jax.Array | None = None
-    tails: Tails | None = None
-
-
-class Tails(NamedTuple):
-    """The slot that a token of every answer writes, and those that it sees.
-
-    Attributes:
-      slot: int [p, r], the slot of the tail that is written.
-      visible: for each of `ModelConfig.windows`, the slots that the token sees.
-    """
-
-    slot: jax.Array
-    visible: tuple[VisibleSlots, ...]
-
-
-LayerKeys = tuple[jax.Array, jax.Array]
-"""Keys [n, g, k, t] and values [n, g, t, k] of prompts in one layer, as `LayerCache` holds them."""
+from jdpo.models.packed_attention import attend_packed
+from jdpo.models.rope import apply_rope
 
 
 class AttentionSettings(NamedTuple):

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from jdpo.models.attention import LayerCache, visible_slots
 from jdpo.models.blocks import Embedding, Head, LayerGroup
+from jdpo.models.context import Context, Tails
 from jdpo.models.experts.routing import ROUTER, router_stats
 from jdpo.models.layers import ADAPTERS, SCALES, Norm, scaled
 from jdpo.models.mesh_axes import constrain_weight
@@ -23,7 +24,7 @@ from jdpo.models.model_config import LayerPattern, ModelConfig, layer_pattern
 from jdpo.models.packed_attention import PackedSequences, num_readers
 from jdpo.models.remat import check_remat
 from jdpo.models.rope import RopeTables, rope_tables
-from jdpo.models.self_attention import AttentionSettings, Context, Tails
+from jdpo.models.self_attention import AttentionSettings
 from jdpo.types import Routed
 
 Params = dict[str, Any]

@@ -1,0 +1,83 @@
+"""Names of the decoder's parameters in checkpoints: one layout for each naming scheme.
+
+A layout lists every parameter that its families may have; `parameters_of` omits those that a model lacks.
+
+Axes of the patterns, for which see `jdpo.models.weights.strided_views`: d model, h query heads, g key/value heads,
+k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, r=1 the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jdpo.models.model_config import LayerKind, ModelConfig
+
+Path = tuple[str, ...]
+
+
+class Rule(NamedTuple):
+    """One row of a layout. The first `{}` in `hf_name` is the layer's number, a second one the expert's.
+
+    `pattern` has Hugging Face's layout on the left; for the tensor of one expert it omits the axis of experts.
+    """
+
+    hf_name: str
+    path: Path
+    pattern: str
+
+
+class Layout(NamedTuple):
+    """The tensors of a checkpoint.
+
+    Attributes:
+      prefix: prefix of all names except the head's; checkpoints of the model without its head may lack it.
+      embedding, head: the table of tokens, and the output head if it is not tied.
+      first, last: the other parameters before and after the layers.
+      layer: the parameters of a layer.
+      buffers: endings of names that are not weights, such as masks in old checkpoints.
+    """
+
+    prefix: str
+    embedding: Rule
+    head: Rule
+    first: tuple[Rule, ...]
+    last: tuple[Rule, ...]
+    layer: tuple[Rule, ...]
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+REWARD_HEAD = Rule("score.weight", ("score", "kernel"), "r d -> d r")
+"""The head of `*ForSequenceClassification`, which has the same name in all families."""
+
+
+def parameters_of(rules: tuple[Rule, ...], config: ModelConfig, kind: LayerKind | None = None) -> Iterator[Rule]:
+    """Yields the rules whose parameter the model has; with `kind`, those of a layer of that kind."""
+    for rule in rules:
+        if _has(config, rule.path) and (kind is None or _belongs(kind, rule.path)):
+            yield rule
+
+
+def _belongs(kind: LayerKind, path: Path) -> bool:
+    """Returns True if layers of a kind have a parameter."""
+    return path[0] != "mlp" or (path[1] in ("router", "experts")) == (kind.mlp == "experts")
+
+
+def _has(config: ModelConfig, path: Path) -> bool:
+    """Returns True if a model has a parameter, given by its path without the layer."""
+    match path:
+        case ("embed", "positions"):
+            return config.learned_positions
+        case ("attention", "query" | "key" | "value", "bias"):
+            return config.qkv_bias
+        case ("attention", "output", "bias"):
+            return config.o_bias
+        case ("attention", "query_norm" | "key_norm", _):
+            return config.qk_norm is not None
+        case ("mlp", "gate", name):
+            return config.gated_mlp and (name != "bias" or config.mlp_bias)
+        case ("mlp", _, "bias"):
+            return config.mlp_bias
+        case ("final_norm", "bias"):
+            return config.norm == "layer"
+    return True

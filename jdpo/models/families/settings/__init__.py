@@ -1,0 +1,1 @@
+"""Reads config.json of each family into the mechanisms of the decoder."""

@@ -1,0 +1,48 @@
+"""Reads the settings of experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jdpo.models.model_config import MoEConfig
+
+_OTHER_EXPERTS = {
+    "shared_expert_intermediate_size": None,
+    "n_shared_experts": None,
+    "num_shared_experts": None,
+    "scoring_func": "softmax",
+    "n_group": None,
+    "topk_group": None,
+    "routed_scaling_factor": 1.0,
+}
+"""Settings of related families for shared experts or another choice of experts, with the value that means none."""
+
+
+def experts_of(hf_config: Any, num_experts: int, *, d_ff: int, normalize: bool) -> MoEConfig:
+    """Reads the settings of experts.
+
+    Raises:
+      ValueError: a token has more experts than there are, or the experts are of another kind.
+    """
+    for key, expected in _OTHER_EXPERTS.items():
+        value = getattr(hf_config, key, None)
+        # 0, null and false all mean that the mechanism is off.
+        if value and value != expected:
+            raise ValueError(
+                f"{key}: {value!r} is not supported, and transformers' {hf_config.model_type} does not know it; "
+                f"expected {expected!r}"
+            )
+    chosen = hf_config.num_experts_per_tok
+    if not 1 <= chosen <= num_experts:
+        raise ValueError(f"num_experts_per_tok: expected 1 to {num_experts}, the number of experts, found {chosen}")
+    coef = hf_config.router_aux_loss_coef
+    if not 0 <= coef < math.inf:
+        raise ValueError(f"router_aux_loss_coef: expected 0 or more, found {coef}")
+    return MoEConfig(
+        num_experts=num_experts,
+        experts_per_token=chosen,
+        d_ff=d_ff,
+        normalize=normalize,
+        aux_loss_coef=float(coef),
+    )

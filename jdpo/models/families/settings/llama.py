@@ -1,0 +1,71 @@
+"""Reads config.json of families that are close to Llama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jdpo.models.families.settings.numbers_above_zero import above_zero
+from jdpo.models.families.settings.ropes import rope_of
+from jdpo.models.families.settings.shared import activation_of, decoder, same_layers, windows_of
+from jdpo.models.model_config import LayerKind, ModelConfig
+
+
+def llama_like(hf_config: Any, *, layers: tuple[LayerKind, ...], **mechanisms: Any) -> ModelConfig:
+    """Reads optional biases of attention and of the MLP, which llama, smollm3 and granite share."""
+    attention_bias = bool(hf_config.attention_bias)
+    own = {
+        "qkv_bias": attention_bias,
+        "o_bias": attention_bias,
+        "mlp_bias": bool(getattr(hf_config, "mlp_bias", False)),
+    }
+    return decoder(hf_config, layers=layers, activation=activation_of(hf_config), **{**own, **mechanisms})
+
+
+def by_window(hf_config: Any) -> tuple[LayerKind, ...]:
+    rope = rope_of(hf_config)
+    return tuple(LayerKind(rope=rope, window=window) for window in windows_of(hf_config))
+
+
+def llama(hf_config: Any) -> ModelConfig:
+    return llama_like(hf_config, layers=same_layers(hf_config))
+
+
+def mistral(hf_config: Any) -> ModelConfig:
+    layers = same_layers(hf_config, window=hf_config.sliding_window)
+    return decoder(hf_config, layers=layers, activation=activation_of(hf_config))
+
+
+def smollm3(hf_config: Any) -> ModelConfig:
+    rope, turned = rope_of(hf_config), hf_config.no_rope_layers
+    if len(turned) < hf_config.num_hidden_layers:
+        raise ValueError(f"no_rope_layers: {len(turned)} entries for {hf_config.num_hidden_layers} layers")
+    windows = windows_of(hf_config)
+    # Despite the key's name, an entry of 1 means that the layer has a rope.
+    layers = [
+        LayerKind(rope=rope if has_rope else None, window=window)
+        for has_rope, window in zip(turned, windows, strict=False)
+    ]
+    return llama_like(hf_config, layers=tuple(layers))
+
+
+def granite(hf_config: Any) -> ModelConfig:
+    return llama_like(
+        hf_config,
+        layers=same_layers(hf_config),
+        embedding_scale=float(hf_config.embedding_multiplier),
+        residual_scale=float(hf_config.residual_multiplier),
+        attention_scale=float(hf_config.attention_multiplier),
+        # Granite divides logits by this key, but multiplies by the three above.
+        logit_scale=1.0 / (above_zero(hf_config, "logits_scaling") or 1.0),
+    )
+
+
+def olmo2(hf_config: Any) -> ModelConfig:
+    # OLMo 2 normalizes the output of each branch, and not its input.
+    mechanisms = {"norm": "rms_wide", "norm_placement": "after", "qk_norm": "width"}
+    return llama_like(hf_config, layers=same_layers(hf_config), **mechanisms)
+
+
+def phi3(hf_config: Any) -> ModelConfig:
+    layers = same_layers(hf_config, window=hf_config.sliding_window, partial=True)
+    return decoder(hf_config, layers=layers, activation=activation_of(hf_config))

@@ -1,8 +1,9 @@
 """Reads config.json into a `ModelConfig`.
 
-A setting that changes the arithmetic and that the decoder lacks is refused by name: see `jdpo.models.families.settings`,
-whose module `shared` has the settings that families share. Settings that do not change a forward pass are ignored:
-initializer_range, use_cache, pretraining_tp, output_*, summary_*, and dropout, which preference training does not use.
+A setting that changes the arithmetic and that the decoder lacks is refused by name: see
+`jdpo.models.families.config_readers.shared` for settings that families share, and its neighbours for each family.
+Settings that do not change a forward pass are ignored: initializer_range, use_cache, pretraining_tp, output_*,
+summary_*, and dropout, which preference training does not use.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jdpo.models.families.config_readers import gemma, gpt, llama, mixtral, qwen
 from jdpo.models.families.layouts import Layout
 from jdpo.models.families.layouts.expert_names import MIXTRAL, QWEN3_MOE
 from jdpo.models.families.layouts.gpt_names import GPT2, GPT_NEOX
 from jdpo.models.families.layouts.llama_names import GEMMA2, LLAMA, OLMO2, PHI3
-from jdpo.models.families.settings import gemma, gpt, llama, mixtral, qwen
 from jdpo.models.model_config import ModelConfig
 
 

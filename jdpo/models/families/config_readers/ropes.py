@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jdpo.models.families.settings.numbers_above_zero import positive
+from jdpo.models.families.config_readers.numbers_above_zero import positive
 from jdpo.models.model_config import RopeConfig, RopeKind
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jdpo.models.families.settings.llama import by_window
-from jdpo.models.families.settings.numbers_above_zero import above_zero
-from jdpo.models.families.settings.ropes import rope_of
-from jdpo.models.families.settings.shared import activation_of, decoder, same_layers, windows_of
+from jdpo.models.families.config_readers.llama import by_window
+from jdpo.models.families.config_readers.numbers_above_zero import above_zero
+from jdpo.models.families.config_readers.ropes import rope_of
+from jdpo.models.families.config_readers.shared import activation_of, decoder, same_layers, windows_of
 from jdpo.models.model_config import LayerKind, ModelConfig
 
 

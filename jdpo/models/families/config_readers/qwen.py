@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jdpo.models.families.settings.expert_settings import experts_of
-from jdpo.models.families.settings.llama import by_window, llama_like
-from jdpo.models.families.settings.shared import activation_of, decoder, same_layers
+from jdpo.models.families.config_readers.expert_settings import experts_of
+from jdpo.models.families.config_readers.llama import by_window, llama_like
+from jdpo.models.families.config_readers.shared import activation_of, decoder, same_layers
 from jdpo.models.model_config import ModelConfig, MoEConfig
 
 

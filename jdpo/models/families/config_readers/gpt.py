@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jdpo.models.families.settings.shared import activation_of, decoder, same_layers
+from jdpo.models.families.config_readers.shared import activation_of, decoder, same_layers
 from jdpo.models.model_config import LayerKind, ModelConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jdpo.models.families.settings.ropes import rope_of
+from jdpo.models.families.config_readers.ropes import rope_of
 from jdpo.models.model_config import Activation, LayerKind, ModelConfig
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"

@@ -45,11 +45,14 @@ class LayerKind:
       rope: the rotary position embedding; None for a layer without positions (NoPE).
       window: number of tokens that a query sees, itself included; None for all earlier tokens.
       mlp: "dense", or "experts" for a mixture of them.
+      mixer: what lets tokens see earlier ones, "attention", or "delta" for a gated DeltaNet, which has no rope and no
+        window.
     """
 
     rope: RopeConfig | None
     window: int | None = None
     mlp: Literal["dense", "experts"] = "dense"
+    mixer: Literal["attention", "delta"] = "attention"
 
 
 NormKind = Literal["rms", "rms_wide", "rms_offset", "layer"]
@@ -68,6 +71,17 @@ class MoEConfig:
     normalize: bool  # True if the weights of a token's experts are normalized to sum to 1
     # Weight of the router's load balancing loss. It affects training only, so it is not compared.
     aux_loss_coef: float = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """The sizes of a gated DeltaNet (https://arxiv.org/abs/2412.06464), the mixer of layers without attention."""
+
+    num_key_heads: int  # of queries and keys
+    num_value_heads: int  # a multiple of num_key_heads: consecutive value heads share a key head
+    key_head_dim: int
+    value_head_dim: int
+    conv_width: int  # tokens that the causal convolution of queries, keys and values sees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +123,23 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits become c * tanh(logits / c), after logit_scale
 
     moe: MoEConfig | None = None  # for the layers whose kind has experts
+    delta: DeltaConfig | None = None  # for the layers whose mixer is a DeltaNet
     # A reward model: the head has one output, the reward of the text up to a token, instead of one for each token.
     reward_head: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.layers) == self.num_layers, (self.num_layers, self.layers)
         assert (self.moe is not None) == any(kind.mlp == "experts" for kind in self.layers), (self.moe, self.layers)
+        assert (self.delta is not None) == any(kind.mixer == "delta" for kind in self.layers), (self.delta, self.layers)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """The attention window of each layer, or None."""
-        return tuple(kind.window for kind in self.layers)
+        """The attention window of each layer that has attention, or None."""
+        return tuple(kind.window for kind in self.layers if kind.mixer == "attention")
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows of the layers, in order of first appearance."""
+        """The distinct windows of the layers that have attention, in order of first appearance."""
         return tuple(dict.fromkeys(self.layer_windows))
 
     @property

@@ -60,6 +60,8 @@ def parameters_of(rules: tuple[Rule, ...], config: ModelConfig, kind: LayerKind 
 
 def _belongs(kind: LayerKind, path: Path) -> bool:
     """Returns True if layers of a kind have a parameter."""
+    if path[0] in ("attention", "delta"):
+        return path[0] == kind.mixer
     return path[0] != "mlp" or (path[1] in ("router", "experts")) == (kind.mlp == "experts")
 
 

@@ -107,6 +107,7 @@ class ModelConfig:
     qk_norm: Literal["head", "width"] | None = None  # over each head, or over all heads together
     attention_scale: float | None = None  # factor of scores; None for head_dim**-0.5
     attention_softcap: float | None = None  # scores become c * tanh(scores / c)
+    attention_sinks: bool = False  # every softmax has one more score, learned by each head, without a value
 
     norm: NormKind = "rms"
     norm_placement: Literal["before", "after", "both"] = "before"  # of attention and MLP, inside the residual branch

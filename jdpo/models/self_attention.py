@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
@@ -26,7 +27,7 @@ from jdpo.models.attention import (
 )
 from jdpo.models.attention.splash import tiling
 from jdpo.models.context import Context, LayerKeys
-from jdpo.models.layers import Norm, Projection
+from jdpo.models.layers import INIT_STDDEV, Norm, Projection
 from jdpo.models.mesh_axes import mesh_axes
 from jdpo.models.model_config import LayerKind, ModelConfig
 from jdpo.models.packed_attention import attend_packed
@@ -55,6 +56,7 @@ class AttentionSettings(NamedTuple):
             length,
             softcap=config.attention_softcap,
             window=window,
+            sinks=config.attention_sinks,
             tiled=bool(self.block_q or self.block_kv),
         )
 
@@ -97,6 +99,7 @@ class Attention(nn.Module):
             # The tables are computed once per distinct rope, not in every layer.
             tables = context.ropes[config.ropes.index(self.kind.rope)]
             query, key = (apply_rope(x, tables) for x in (query, key))
+        sinks = self._sinks() if config.attention_sinks else None
         kept: LayerCache | LayerKeys | None = None
         # Keys are kept after their rotation, so that none is rotated again in a later step.
         if cache is not None:
@@ -104,9 +107,9 @@ class Attention(nn.Module):
             kept = cache = write_tails(cache, key, value, context.tails.slot)
             visible = context.tails.visible[config.windows.index(self.kind.window)]
             softcap, scale = config.attention_softcap, config.attention_scale
-            output = cached_attention(query, cache, visible, softcap=softcap, scale=scale)
+            output = cached_attention(query, cache, visible, sinks_h=sinks, softcap=softcap, scale=scale)
         else:
-            output = self._attend(query, key, value, context)
+            output = self._attend(query, key, value, sinks, context)
             if context.lengths is not None:
                 kept = rearrange(key, "n t g k -> n g k t"), rearrange(value, "n t g k -> n g t k")
         shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
@@ -116,7 +119,9 @@ class Attention(nn.Module):
         )
         return project(output), kept
 
-    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array | None, context: Context
+    ) -> jax.Array:
         if context.packed is not None:
             attend = partial(
                 attend_over_mesh,
@@ -125,10 +130,12 @@ class Attention(nn.Module):
                 self.kind,
                 lengths=rearrange(context.packed.lengths, "r q u -> (r q) u"),
                 segments=context.packed.segments,
+                sinks=sinks,
             )
             return attend_packed(attend, context.packed, query, key, value)
         if context.lengths is not None:
-            return attend_over_mesh(self.attention, self.config, self.kind, query, key, value, context.lengths)
+            operands = (query, key, value, context.lengths)
+            return attend_over_mesh(self.attention, self.config, self.kind, *operands, sinks=sinks)
         assert context.positions is not None
         assert context.mask is not None
         return dot_product_attention(
@@ -139,10 +146,17 @@ class Attention(nn.Module):
             query_positions_nt=context.positions,
             key_positions_ns=context.positions,
             key_mask_ns=context.mask,
+            sinks_h=sinks,
             window=self.kind.window,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,
         )
+
+    def _sinks(self) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), ("heads",))
+        sinks = self.param("sinks", init, (self.config.num_heads,), self.param_dtype)
+        # A term of the softmax, so as wide as that.
+        return sinks.astype(jnp.promote_types(self.compute_dtype, jnp.float32))
 
     def _norm(self, x_nthk: jax.Array, name: str, axis: str) -> jax.Array:
         # Qwen3 and Gemma 3 share one weight [k] among all heads; OLMo 2 has a weight for each element of each head.
@@ -166,6 +180,7 @@ def attend_over_mesh(
     value: jax.Array,
     lengths: jax.Array,
     segments: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Runs `causal_attention` on each device's own sequences and heads, as the logical rules in context split them."""
     options: dict[str, Any] = {
@@ -178,10 +193,11 @@ def attend_over_mesh(
     }
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.empty:
-        return causal_attention(query, key, value, lengths=lengths, segments=segments, **options)
+        return causal_attention(query, key, value, lengths=lengths, segments=segments, sinks=sinks, **options)
     # By key heads, so that each is on the same device as the query heads that read it.
     batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
     if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
         head_axes = ()  # heads that the mesh does not divide evenly are replicated
-    options |= {"lengths": lengths, "segments": segments, "batch_axes": batch_axes, "head_axes": head_axes}
+    options |= {"lengths": lengths, "segments": segments, "sinks": sinks}
+    options |= {"batch_axes": batch_axes, "head_axes": head_axes}
     return sharded_causal_attention(query, key, value, mesh=mesh, **options)

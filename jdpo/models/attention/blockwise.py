@@ -38,12 +38,14 @@ from jdpo.models.attention.blockwise_tiles import (
     num_query_tiles,
     over_key_tiles,
     query_tiles,
+    sink_tiles,
     tile_rows,
     tile_size,
     transposed_key_tiles,
     untile_queries,
     visible_in_tile,
 )
+from jdpo.models.attention.sinks import sinks_gradient
 from jdpo.models.layers import scaled
 
 ATTENTION_RESIDUALS = "attention_residuals"
@@ -59,6 +61,7 @@ def blockwise_attention(
     lengths_n: jax.Array,
     segments_nt: jax.Array | None = None,
     *,
+    sinks_h: jax.Array | None = None,
     window: int | None,
     softcap: float | None,
     scale: float,
@@ -71,6 +74,7 @@ def blockwise_attention(
     Args:
       lengths_n: number of real places of each row.
       segments_nt: see `segment_starts`; None if a row holds one sequence.
+      sinks_h: see `jdpo.models.attention.sinks`.
       block_size: queries and keys per tile, by default that of `tile_size`.
     """
     length = query_nthk.shape[1]
@@ -79,28 +83,40 @@ def blockwise_attention(
     padded = (jnp.pad(x, padding) if padding[1][1] else x for x in (query_nthk, key_ntgk, value_ntgk))
     options = TileOptions(block, 0, window, softcap, scale)
     rows = tile_rows(lengths_n.astype(jnp.int32), segments_nt, window, block)
-    return _attention(*padded, rows, options)[:, :length]
+    return _attention(*padded, rows, sinks_h, options)[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(query: jax.Array, key: jax.Array, value: jax.Array, rows: TileRows, options: TileOptions) -> jax.Array:
-    return _attention_forward(query, key, value, rows, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rows: TileRows,
+    sinks: jax.Array | None,
+    options: TileOptions,
+) -> jax.Array:
+    return _attention_forward(query, key, value, rows, sinks, options)[0]
 
 
 def _attention_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, rows: TileRows, options: TileOptions
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rows: TileRows,
+    sinks: jax.Array | None,
+    options: TileOptions,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     # Named, so that a remat policy can keep them: without these two the backward pass repeats the whole forward loop.
-    operands = (query, key, value, rows)
+    operands = (query, key, value, rows, sinks)
     output, lse = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in _per_platform(_forward, options, *operands))
     return output, (*operands, output, lse)
 
 
 def _attention_backward(options: TileOptions, residuals: tuple[Any, ...], d_output: jax.Array) -> tuple[Any, ...]:
     rows = residuals[3]
-    gradients = _per_platform(_backward, options, *residuals, d_output)
+    *gradients, d_sinks = _per_platform(_backward, options, *residuals, d_output)
     # Integers have no gradient, for which JAX expects this dtype.
-    return *gradients, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), rows)
+    return *gradients, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), rows), d_sinks
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -113,7 +129,7 @@ def _per_platform(
     key: jax.Array,
     value: jax.Array,
     rows: TileRows,
-    *operands: jax.Array,
+    *operands: jax.Array | None,
 ) -> Any:
     """Loops over groups of rows that fit in the cache on CPU, so that short ones end early; elsewhere over all."""
     num_rows, _, num_heads, _ = query.shape
@@ -124,9 +140,14 @@ def _per_platform(
 
 
 def _forward(
-    options: TileOptions, query: jax.Array, key: jax.Array, value: jax.Array, rows: TileRows
+    options: TileOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rows: TileRows,
+    sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the output [n, t, h, k] and the log-sum-exp of the scores [n, t, h]."""
+    """Returns the output [n, t, h, k] and the log-sum-exp of the scores [n, t, h], sinks included."""
     num_kv_heads, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
 
     def group(operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +158,7 @@ def _forward(
             query_ukx = query_iukx[i]
             u, k, x = query_ukx.shape
             # Running maximum, sum of weights and weighted values, all in the wide dtype until the last tile.
-            state = (jnp.full((u, x), _HIDDEN, dtype), jnp.zeros((u, x), dtype), jnp.zeros((u, k, x), dtype))
+            state = (*_start((u, x), dtype, sinks, num_kv_heads, options), jnp.zeros((u, k, x), dtype))
             step = functools.partial(_forward_tile, options, rows, query_ukx, key_jusk, value_juks)
             top, total, weighted = over_key_tiles(options, rows, i, key_jusk.shape[0], step, state)
             # Never 0 / 0: on the diagonal every query sees at least itself.
@@ -159,6 +180,15 @@ def _forward(
     return untile_queries(output_ciukx, num_kv_heads, options), untile_queries(
         lse_ciux[..., None, :], num_kv_heads, options
     )[..., 0]
+
+
+def _start(
+    shape: tuple[int, int], dtype: Any, sinks: jax.Array | None, num_kv_heads: int, options: TileOptions
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the highest score and the sum of weights before any key; a sink is a score that is already there."""
+    if sinks is None:
+        return jnp.full(shape, _HIDDEN, dtype), jnp.zeros(shape, dtype)
+    return sink_tiles(sinks.astype(dtype), num_kv_heads, options), jnp.ones(shape, dtype)
 
 
 def _forward_tile(
@@ -191,11 +221,12 @@ def _backward(
     key: jax.Array,
     value: jax.Array,
     rows: TileRows,
+    sinks: jax.Array | None,
     output: jax.Array,
     lse: jax.Array,
     d_output: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of query, key and value."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Returns the gradients of query, key, value and sinks."""
     num_kv_heads = key.shape[2]
     # The term that the softmax's gradient subtracts: sum_k output * d_output, for each query.
     delta = jnp.sum(output.astype(lse.dtype) * d_output.astype(lse.dtype), axis=-1)
@@ -228,7 +259,8 @@ def _backward(
     # The tiles used scaled queries: their own gradient still lacks the factor, that of the keys already has it.
     d_query = untile_queries(d_query, num_kv_heads, options) * options.scale
     d_key, d_value = (rearrange(x, "c j (b g) s k -> (c b) (j s) g k", b=options.group) for x in (d_key, d_value))
-    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
+    d_sinks = None if sinks is None else sinks_gradient(sinks, lse, delta)
+    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), d_sinks
 
 
 def _backward_tile(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from jax import lax
 
 _TILE_SCORES = 2**17  # scores in a CPU tile: 0.5 MiB in float32, which stays in the second-level cache
@@ -182,6 +182,11 @@ def untile_queries(x_ciukx: jax.Array, num_kv_heads: int, options: TileOptions) 
     """Inverts `query_tiles`."""
     sizes = {"b": options.group, "q": options.block, "g": num_kv_heads}
     return rearrange(x_ciukx, "c i (b g) k (r q) -> (c b) (i q) (g r) k", **sizes)
+
+
+def sink_tiles(sinks_h: jax.Array, num_kv_heads: int, options: TileOptions) -> jax.Array:
+    """Returns the sink of each query of a tile, [u, x]; it is that of its head."""
+    return repeat(sinks_h, "(g r) -> (b g) (r q)", g=num_kv_heads, b=options.group, q=options.block)
 
 
 def key_tiles(x_ntgk: jax.Array, options: TileOptions) -> jax.Array:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from jdpo.models.attention.sinks import softmax_with_sinks
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer, in the layouts in which no product has to transpose the cache.
@@ -82,6 +84,7 @@ def cached_attention(
     cache: LayerCache,
     visible: VisibleSlots,
     *,
+    sinks_h: jax.Array | None = None,
     softcap: float | None = None,
     scale: float | None = None,
 ) -> jax.Array:
@@ -105,7 +108,8 @@ def cached_attention(
     is_visible = jnp.concatenate(visible, axis=-1)[:, :, None, None]
     # The lowest finite number, not -inf: idle rows of an empty prompt would become NaN.
     scores = jnp.where(is_visible, scores, jnp.finfo(softmax_dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(cache.tail_value.dtype)
+    sinks_gm1 = None if sinks_h is None else rearrange(sinks_h, "(g m) -> g m 1", g=num_kv_heads)
+    weights = softmax_with_sinks(scores, sinks_gm1).astype(cache.tail_value.dtype)
     prompt_weights = rearrange(weights[..., :num_prompt_slots], "p r g m s -> p g r m s")
     of_prompt = jnp.einsum("pgrms,pgsk->pgrmk", prompt_weights, cache.prompt_value)
     of_tail = jnp.einsum("prgmc,prgck->prgmk", weights[..., num_prompt_slots:], cache.tail_value)

@@ -26,6 +26,7 @@ def causal_attention(
     *,
     lengths: jax.Array,
     segments: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     backend: str,
     window: int | None = None,
     softcap: float | None = None,
@@ -46,6 +47,8 @@ def causal_attention(
       lengths: int [n], the tokens of each row's only sequence, or int [n, u], those of its sequences in order, 0 for
         none; at most t in total.
       segments: `segment_starts(lengths, t)`, int [n, t], which many layers can share; computed here by default.
+      sinks: [h], a score of each head that takes part in every softmax and has no value, see
+        `jdpo.models.attention.sinks`; "cudnn" has none.
       backend: "xla", "blockwise", "cudnn" or "splash"; `choose_attention` returns the fastest.
       window: number of tokens that a query sees, itself included; None for all earlier tokens.
       softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
@@ -56,7 +59,7 @@ def causal_attention(
     Raises:
       ValueError: the backend does not support the settings, or shapes are inconsistent.
     """
-    _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths, segments)
+    _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths, segments, sinks)
     length, head_dim = query_nthk.shape[1], query_nthk.shape[3]
     if lengths.size == len(lengths):
         # Causality alone separates the tokens of one sequence from the padding after them.
@@ -75,30 +78,23 @@ def causal_attention(
         head_dim=head_dim,
         softcap=softcap,
         window=window,
+        sinks=sinks is not None,
         block_q=block_q,
         block_kv=block_kv,
     )
     operands = (query_nthk, key_ntgk, value_ntgk)
+    scoring: dict[str, Any] = {"sinks_h": sinks, "window": window, "softcap": softcap, "scale": scale}
     with jax.named_scope(f"attention_{backend}"):
         if backend == "cudnn":
             return cudnn_attention(*operands, lengths_n, window=window, scale=scale)
         if backend == "splash":
             return splash_attention(
-                *operands,
-                segments,
-                window=window,
-                softcap=softcap,
-                scale=scale,
-                block_q=block_q,
-                block_kv=block_kv,
-                interpret=interpret,
+                *operands, segments, **scoring, block_q=block_q, block_kv=block_kv, interpret=interpret
             )
         if backend == "blockwise":
             size = block_q or block_kv
-            return blockwise_attention(
-                *operands, lengths_n, segments, window=window, softcap=softcap, scale=scale, block_size=size
-            )
-        return right_padded_attention(*operands, lengths_n, segments, window=window, softcap=softcap, scale=scale)
+            return blockwise_attention(*operands, lengths_n, segments, **scoring, block_size=size)
+        return right_padded_attention(*operands, lengths_n, segments, **scoring)
 
 
 def sharded_causal_attention(
@@ -108,6 +104,7 @@ def sharded_causal_attention(
     *,
     lengths: jax.Array,
     segments: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     mesh: Mesh | AbstractMesh,
     batch_axes: tuple[str, ...],
     head_axes: tuple[str, ...] = (),
@@ -127,20 +124,25 @@ def sharded_causal_attention(
     heads = PartitionSpec(batch_axes, None, head_axes, None)
     # XLA cannot split custom kernels or the loops over tiles, so each device runs them on its own part.
     attention = jax.shard_map(
-        lambda query, key, value, lengths, segments: causal_attention(
-            query, key, value, lengths=lengths, segments=segments, **options
+        lambda query, key, value, lengths, segments, sinks: causal_attention(
+            query, key, value, lengths=lengths, segments=segments, sinks=sinks, **options
         ),
         mesh=mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(batch_axes), PartitionSpec(batch_axes)),
+        in_specs=(heads, heads, heads, PartitionSpec(batch_axes), PartitionSpec(batch_axes), PartitionSpec(head_axes)),
         out_specs=heads,
         # Off, because loops over tiles start from zeros that are equal on all devices, which the check refuses.
         check_vma=False,
     )
-    return attention(query_nthk, key_ntgk, value_ntgk, lengths, segments)
+    return attention(query_nthk, key_ntgk, value_ntgk, lengths, segments, sinks)
 
 
 def _check_shapes(
-    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, segments: jax.Array | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    segments: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> None:
     n, t, h, k = query.shape
     g = key.shape[2]
@@ -151,3 +153,5 @@ def _check_shapes(
             f"segments [n, t] or None; found {query.shape}, {key.shape}, {value.shape}, {lengths.shape} and "
             f"{getattr(segments, 'shape', None)}"
         )
+    if sinks is not None and sinks.shape != (h,):
+        raise ValueError(f"expected sinks [h], one for each of {h} query heads; found {sinks.shape}")

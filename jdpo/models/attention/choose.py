@@ -27,6 +27,7 @@ def choose_attention(
     length: int,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: bool = False,
     tiled: bool = False,
     compute_capability: str | None = None,
 ) -> str:
@@ -36,6 +37,7 @@ def choose_attention(
       platform: "cpu", "gpu" or "tpu", the value of `jax.default_backend()`.
       dtype: dtype of activations.
       length: number of positions of a sequence, padding included.
+      sinks: True if heads have attention sinks.
       tiled: True if tile sizes are set; then the backends without tiles, plain and cuDNN, are not used.
       compute_capability: see `check_attention`.
 
@@ -45,7 +47,8 @@ def choose_attention(
     'blockwise'
     """
     platform = _platform(platform)
-    limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window, "platform": platform}
+    limits: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window}
+    limits |= {"sinks": sinks, "platform": platform}
     limits["compute_capability"] = compute_capability or _compute_capability(platform)
     # Tile sizes are an explicit request for tiles, even for short sequences.
     short = length <= SHORT.get(platform, SHORT["cpu"]) and not tiled
@@ -63,6 +66,7 @@ def check_attention(
     head_dim: int,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: bool = False,
     block_q: int | None = None,
     block_kv: int | None = None,
     platform: str | None = None,
@@ -86,8 +90,8 @@ def check_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
-    limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window}
-    limits |= {"block_q": block_q, "block_kv": block_kv}
+    limits: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window}
+    limits |= {"sinks": sinks, "block_q": block_q, "block_kv": block_kv}
     if platform is not None:
         limits["platform"] = platform = _platform(platform)
         limits["compute_capability"] = compute_capability or _compute_capability(platform)
@@ -145,6 +149,7 @@ def _limits(
     head_dim: int,
     softcap: float | None,
     window: int | None,
+    sinks: bool,
     platform: str | None = None,
     compute_capability: str | None = None,
     block_q: int | None = None,
@@ -170,6 +175,8 @@ def _limits(
             yield f"a head_dim that is a multiple of 8 and at most 256 (found {head_dim})"
         if softcap is not None:
             yield f"no softcap (found {softcap})"
+        if sinks:
+            yield "no attention sinks (found one for each head)"
         if platform not in (None, "gpu"):
             yield f"an NVIDIA GPU (found {platform})"
         elif compute_capability is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 
 from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
 from jdpo.models.layers import scaled
@@ -26,6 +26,7 @@ def splash_attention(
     value_ntgk: jax.Array,
     segments_nt: jax.Array | None = None,
     *,
+    sinks_h: jax.Array | None = None,
     window: int | None,
     softcap: float | None,
     scale: float,
@@ -40,6 +41,7 @@ def splash_attention(
 
     Args:
       segments_nt: see `segment_starts`; None if a row holds one sequence. They mask tiles; none is skipped for them.
+      sinks_h: see `jdpo.models.attention.sinks`; rounded to the queries' dtype, in which the kernel returns gradients.
       block_q, block_kv: queries and keys per tile, multiples of 128; by default at most 512. t is padded to fill both.
       interpret: emulates the kernel on any platform, slowly.
     """
@@ -53,12 +55,15 @@ def splash_attention(
     padding = ((0, 0), (0, padded_length - length), (0, 0), (0, 0))
     # The kernel takes one sequence, heads first: [h, t, k].
     query, key, value = (rearrange(jnp.pad(x, padding), "n t h k -> n h t k") for x in operands)
-    if segments_nt is None:
-        output_nhtk = jax.vmap(kernel)(query, key, value)
-    else:
+    segments, sinks_nh = None, None
+    if segments_nt is not None:
         # What fills the last tile is a segment of its own.
         ids_nt = jnp.pad(segments_nt, ((0, 0), (0, padded_length - length)), constant_values=-1)
-        output_nhtk = jax.vmap(kernel)(query, key, value, splash.SegmentIds(q=ids_nt, kv=ids_nt))
+        segments = splash.SegmentIds(q=ids_nt, kv=ids_nt)
+    if sinks_h is not None:
+        # Repeated before they are rounded, so that the rows' gradients are summed in the sinks' own dtype.
+        sinks_nh = repeat(sinks_h, "h -> n h", n=len(query)).astype(query.dtype)
+    output_nhtk = jax.vmap(kernel)(query, key, value, segments, sinks_nh)
     return rearrange(output_nhtk, "n h t k -> n t h k")[:, :length]
 
 

@@ -12,6 +12,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
+from jdpo.models.attention.sinks import softmax_with_sinks
 
 
 def dot_product_attention(
@@ -23,6 +24,7 @@ def dot_product_attention(
     key_positions_ns: jax.Array,
     key_mask_ns: jax.Array,
     segments_nt: jax.Array | None = None,
+    sinks_h: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
@@ -35,6 +37,7 @@ def dot_product_attention(
     Args:
       key_mask_ns: bool, True on real keys.
       segments_nt: if queries and keys are the same tokens: a query sees the keys of its own segment only.
+      sinks_h: see `jdpo.models.attention.sinks`.
       window: number of tokens that a query sees, itself included, as in transformers' sliding_window.
       softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
       scale: factor of the scores; the default is k**-0.5.
@@ -54,7 +57,8 @@ def dot_product_attention(
     # The lowest finite number, not -inf: a row of only -inf would become NaN.
     scores = jnp.where(visible_nts[:, None, None], scores, jnp.finfo(softmax_dtype).min)
     # Softmax in float32, then the values' dtype, as in transformers' eager attention.
-    weights = jax.nn.softmax(scores, axis=-1).astype(value_nsgk.dtype)
+    sinks_gr11 = None if sinks_h is None else rearrange(sinks_h, "(g r) -> g r 1 1", g=num_kv_heads)
+    weights = softmax_with_sinks(scores, sinks_gr11).astype(value_nsgk.dtype)
     output = rearrange(jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk), "n t g r k -> n t (g r) k")
     # Only the output: this path has no log-sum-exp, so its backward pass needs the scores.
     return checkpoint_name(output, ATTENTION_RESIDUALS)
@@ -82,6 +86,7 @@ def right_padded_attention(
     lengths_n: jax.Array,
     segments_nt: jax.Array | None = None,
     *,
+    sinks_h: jax.Array | None = None,
     window: int | None,
     softcap: float | None,
     scale: float,
@@ -102,6 +107,7 @@ def right_padded_attention(
         key_positions_ns=positions_nt,
         key_mask_ns=positions_nt < lengths_n[:, None],
         segments_nt=segments_nt,
+        sinks_h=sinks_h,
         window=window,
         softcap=softcap,
         scale=scale,

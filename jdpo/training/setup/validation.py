@@ -230,6 +230,7 @@ def check_attention_settings(memory: MemorySettings, source_config: ModelConfig,
                 head_dim=head_dim,
                 softcap=source_config.attention_softcap,
                 window=window,
+                sinks=source_config.attention_sinks,
                 platform=platform,
                 **blocks,
             )

@@ -15,8 +15,8 @@ from jdpo.training.step.offload import weight_by_weight
 from jdpo.training.step.rounding import store, wide
 from jdpo.words import figure
 
-UNDECAYED = ("scale", "bias")
-"""Last names of the weights without weight decay: norm scales and biases."""
+UNDECAYED = ("scale", "bias", "sinks")
+"""Last names of the weights without weight decay: norm scales, biases and attention sinks."""
 
 
 def num_warmup_steps(settings: OptimizationSettings, num_steps: int) -> int:
@@ -56,7 +56,7 @@ def learning_rate_schedule(settings: OptimizationSettings, num_steps: int) -> op
 
 
 def decay_mask(params: Any) -> Any:
-    """Returns True for the weights that decay: all except norm scales and biases."""
+    """Returns True for the weights that decay: all except norm scales, biases and attention sinks."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 

@@ -76,7 +76,8 @@ PARAMS = {
 
 
 def test_decay_mask_of_a_real_model_spares_norms_and_biases() -> None:
-    mask = decay_mask(PARAMS)
+    mask = decay_mask(PARAMS | {"attention": {"sinks": jnp.ones(2)}})
+    assert mask["attention"] == {"sinks": False}
     assert mask["stack"]["layer_0"]["attention"]["query"] == {"kernel": True, "bias": False}
     assert mask["final_norm"] == {"scale": False}
     assert mask["embed"] == {"embedding": True}

@@ -76,6 +76,8 @@ def _has(config: ModelConfig, path: Path) -> bool:
             return config.o_bias
         case ("attention", "query_norm" | "key_norm", _):
             return config.qk_norm is not None
+        case ("attention", "sinks"):
+            return config.attention_sinks
         case ("mlp", "gate", name):
             return config.gated_mlp and (name != "bias" or config.mlp_bias)
         case ("mlp", _, "bias"):

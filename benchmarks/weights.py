@@ -188,10 +188,10 @@ def _call(arm: str, model: Path, out: Path) -> Any:
         return save
     import jax
 
-    from jdpo.checkpoint.shard_files import plan_shards, write_shards
+    from jdpo.checkpoint.export_plan import plan_export, plan_shards
+    from jdpo.checkpoint.shard_files import write_shards
     from jdpo.models.families import read_model_config
     from jdpo.models.weights.loading import load_params
-    from jdpo.models.weights.safetensors_folder import source_dtypes
 
     what, dtype = arm.split()
     config = read_model_config(model)
@@ -199,8 +199,8 @@ def _call(arm: str, model: Path, out: Path) -> Any:
         jax.block_until_ready(jax.numpy.zeros(1))  # starts the backend
         return lambda: jax.block_until_ready(load_params(model, config, dtype=dtype))
     params = load_params(model, config, dtype=dtype)
-    dtypes = source_dtypes(model)
-    return lambda: write_shards(params, config, dtypes, plan_shards(config, dtypes, 2**30), out)
+    plan = plan_export(config, model, "source")
+    return lambda: write_shards(params, config, plan, plan_shards(plan.tensors, 2**30), out)
 
 
 class AnonymousMemory:

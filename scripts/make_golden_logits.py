@@ -85,16 +85,65 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True}),
 }
+SIGHT = {"hidden_size": 8, "intermediate_size": 12, "patch_size": 4}
+TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 6, "sliding_window": 3, "sliding_window_pattern": 2, "rope_parameters": TWO_ROPES},
+        {**SIGHT, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "vision_use_head": False},
+        {"mm_tokens_per_image": 4, "image_token_index": 30, "boi_token_index": 31, "eoi_token_index": 32},
+    ),
+    "mistral3": (
+        "Mistral3",
+        {"model_type": "mistral", "head_dim": 6, "sliding_window": None},
+        {**SIGHT, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4, "image_size": 16},
+        {"image_token_index": 30, "tie_word_embeddings": False},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 0]}},
+        {**SIGHT, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0], "window_size": 16},
+        {"image_token_id": 30, "video_token_id": 31, "vision_start_token_id": 32, "vision_end_token_id": 33},
+    ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        {"head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 1]}},
+        {**SIGHT, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "num_position_embeddings": 16}
+        | {"deepstack_visual_indexes": [0]},
+        {"image_token_id": 30, "video_token_id": 31, "vision_start_token_id": 32, "vision_end_token_id": 33}
+        | {"tie_word_embeddings": True},
+    ),
+}
+"""Multimodal models: name of the class, text_config, vision_config, other settings."""
 
 
 def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
-    for name, (prefix, overrides) in CASES.items():
-        write_case(OUT / name, prefix, overrides)
+    for name in [*CASES, *TOWERS]:
+        write_case(OUT / name, tower_config(name) if name in TOWERS else text_config(name))
         print(f"{OUT / name}")
 
 
-def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
+def text_config(name: str) -> Any:
+    """Returns transformers' config of a text model."""
+    import transformers
+
+    prefix, settings = CASES[name]
+    config_class = getattr(transformers, f"{prefix}Config")
+    own = {key: value for key, value in BASE.items() if hasattr(config_class(), key)}  # GPT-2 has no grouped heads
+    return config_class(**{**own, **settings})
+
+
+def tower_config(name: str) -> Any:
+    """Returns transformers' config of a multimodal model."""
+    import transformers
+
+    prefix, text, vision, settings = TOWERS[name]
+    config_class = getattr(transformers, f"{prefix}Config")
+    return config_class(text_config={**BASE, "num_hidden_layers": 2, **text}, vision_config=vision, **settings)
+
+
+def write_case(folder: Path, config: Any) -> None:
     """Writes a bfloat16 folder with norms and biases other than 1 and 0, padded tokens, and their float32 logits.
 
     For a model with experts, also writes the router's load balancing loss of these tokens.
@@ -103,20 +152,20 @@ def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
     import transformers
 
     torch.manual_seed(0)
-    config_class = getattr(transformers, f"{prefix}Config")
-    own = {key: value for key, value in BASE.items() if hasattr(config_class(), key)}  # GPT-2 has no grouped heads
-    config = config_class(**{**own, **settings})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    is_tower = hasattr(config, "vision_config")
+    auto = transformers.AutoModelForImageTextToText if is_tower else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name or name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     # Read back, since .to(bfloat16) has rounded the rotary frequencies too.
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (3, 12))
+    # Below the tokens that stand for images.
+    tokens = rng.integers(0, 30 if is_tower else config.vocab_size, (3, 12))
     mask = np.ones(tokens.shape, bool)
     mask[1, 8:] = False  # padded right
     mask[2, :5] = False  # padded left

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from jdpo.checkpoint.export_plan import ExportDtype, ShardFile, plan_export, plan_shards
 from jdpo.checkpoint.output_folders import write_folder
-from jdpo.checkpoint.shard_files import ShardFile, plan_shards, write_shards
+from jdpo.checkpoint.shard_files import write_shards
 from jdpo.checkpoint.tokenizer_export import write_tokenizer
 from jdpo.json_files import read_json, write_json
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
-from jdpo.models.weights.hf_names import hf_tensors
-from jdpo.models.weights.safetensors_folder import source_dtypes
 from jdpo.processes import run_jointly
 
-ExportDtype = Literal["source", "float32", "bfloat16", "float16"]
-
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -66,17 +56,17 @@ def export_model(
       ValueError: export_dtype or max_shard_size is unknown, the tokenizer is larger than the embedding, a value does
         not fit its dtype, `out` is not an export of jdpo, or `out` touches a folder in `kept`.
     """
-    dtypes, main_dtype = run_jointly(lambda: _export_dtypes(config, source_folder, export_dtype))
+    plan = run_jointly(lambda: plan_export(config, source_folder, export_dtype))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {config.vocab_size} rows")
-    shards = plan_shards(config, dtypes, parse_size(max_shard_size))
+    shards = plan_shards(plan.tensors, parse_size(max_shard_size))
 
     def write_weights(staging: Path) -> None:
-        write_shards(params, config, dtypes, shards, staging)
+        write_shards(params, config, plan, shards, staging)
 
     def write_the_rest(staging: Path) -> None:
         _check_arrived(staging, shards)
-        _write_configs(config, source_folder, staging, tokenizer, end_token_ids, main_dtype)
+        _write_configs(config, source_folder, staging, tokenizer, end_token_ids, plan.main_dtype)
         write_tokenizer(staging, tokenizer, tokenizer_folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
@@ -107,19 +97,6 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> tuple[dict[str, np.dtype], np.dtype]:
-    """Returns the dtype of every tensor, and the one for config.json."""
-    names = list(hf_tensors(config))
-    if export_dtype in _DTYPES:
-        return dict.fromkeys(names, _DTYPES[export_dtype]), _DTYPES[export_dtype]
-    if export_dtype != "source":
-        raise ValueError(f"export_dtype: expected source, {', '.join(_DTYPES)}, found {export_dtype!r}")
-    source = source_dtypes(source_folder)
-    # For tensors that the source lacks, such as the head of a model that was saved without it.
-    most_common = Counter(source.values()).most_common(1)[0][0]
-    return {name: source.get(name, most_common) for name in names}, most_common
-
-
 def _check_arrived(staging: Path, shards: Sequence[ShardFile]) -> None:
     missing = [shard.name for shard in shards if not (staging / shard.name).is_file()]
     if missing:
@@ -139,21 +116,25 @@ def _write_configs(
 ) -> None:
     generation_json = read_generation_config(source_folder)
     model_json = read_json(source_folder / "config.json")
-    own = generation_json.get("eos_token_id")
-    if own is None:  # merged and converted models often have no generation_config.json
-        own = model_json.get("eos_token_id")
+    # A multimodal model keeps the settings of its text part one level down.
+    text_json = model_json["text_config"] if isinstance(model_json.get("text_config"), dict) else model_json
+    # Merged and converted models often have no generation_config.json.
+    places = (generation_json, model_json, text_json)
+    own = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), None)
     ends = [tokenizer.eos_token_id, *map(int, end_token_ids), *(own if isinstance(own, list) else [own])]
     eos_ids = [id for id in dict.fromkeys(ends) if id is not None]
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     special = {key: value for key, value in special.items() if value is not None}
     # transformers 5 writes `dtype`, older ones `torch_dtype`, which is all that some loaders know.
     dtype_key = "torch_dtype" if "torch_dtype" in model_json and "dtype" not in model_json else "dtype"
+    # A bare number of EOS where possible, which every loader of config.json reads.
+    ends_json = {"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids} if eos_ids else {}
+    settings = {**special, **ends_json, dtype_key: main_dtype.name}
+    # A level that has a setting must not keep an older value.
+    text_json |= {key: value for key, value in settings.items() if key in text_json}
+    model_json |= settings
     # The vocabulary may have grown by the tokens of a chat template.
-    model_json |= {**special, "vocab_size": config.vocab_size, dtype_key: main_dtype.name}
-    generation_json |= special
-    if eos_ids:
-        # A bare number where possible, which every loader of config.json reads.
-        model_json["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else eos_ids
-        generation_json["eos_token_id"] = eos_ids
+    text_json["vocab_size"] = config.vocab_size
+    generation_json |= special | ({"eos_token_id": eos_ids} if eos_ids else {})
     write_json(staging / "config.json", model_json)
     write_json(staging / "generation_config.json", generation_json)

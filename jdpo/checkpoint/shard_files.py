@@ -1,5 +1,7 @@
 """Writes the safetensors files of a model straight from the params; neither a file nor the model is copied in memory.
 
+Tensors that belong to other parts of the model are copied from the folder that training started from, byte for byte.
+
 The header depends only on names, shapes and dtypes, so the offset of every tensor is known from the start. Threads
 cast, transpose and check chunks of a few MiB in the cache and write them there.
 """
@@ -18,49 +20,22 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jdpo.checkpoint.export_plan import ExportPlan, FileTensor, ShardFile
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
 from jdpo.models.weights.casting import PADDING_BYTES, Scratch, all_finite, bits, copy_cast, is_narrower
-from jdpo.models.weights.hf_names import hf_tensors
 from jdpo.models.weights.host_arrays import HostPiece, host_tensors
-from jdpo.models.weights.safetensors_folder import DTYPES, INDEX_NAME, SINGLE_NAME
+from jdpo.models.weights.safetensors_folder import DTYPES, INDEX_NAME, TensorFiles
 from jdpo.models.weights.staging import CHUNK_BYTES
 from jdpo.models.weights.strided_views import StridedView
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Limits the host memory of tensors that have arrived from the devices but are not written yet.
 _BYTES_UNDER_WAY = 2**30
 _MAX_THREADS = 16
 
 
-class ShardFile(NamedTuple):
-    """One safetensors file to write: its name and the tensors it holds."""
-
-    name: str
-    tensor_names: list[str]
-
-
-def plan_shards(config: ModelConfig, dtypes: Mapping[str, np.dtype], max_bytes: int) -> list[ShardFile]:
-    """Fills files in the order of the forward pass, each up to max_bytes; a larger tensor gets its own file."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, pieces in hf_tensors(config).items():
-        num_bytes = math.prod(pieces[0].hf_shape) * dtypes[name].itemsize
-        if groups[-1] and size + num_bytes > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += num_bytes
-    if len(groups) == 1:
-        return [ShardFile(SINGLE_NAME, groups[0])]
-    return [
-        ShardFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names)
-        for number, names in enumerate(groups, start=1)
-    ]
-
-
 def write_shards(
-    params: Params, config: ModelConfig, dtypes: Mapping[str, np.dtype], shards: Sequence[ShardFile], folder: Path
+    params: Params, config: ModelConfig, plan: ExportPlan, shards: Sequence[ShardFile], folder: Path
 ) -> None:
     """Writes the files of this process, and on the first process the index. Every process must call this.
 
@@ -68,27 +43,34 @@ def write_shards(
     others need its slices until then.
 
     Raises:
-      ValueError: a tensor contains NaN or Inf, or values that its dtype cannot hold.
+      ValueError: a tensor contains NaN or Inf, or values that its dtype cannot hold; a carried one cannot be read.
       OSError: a file cannot be written.
     """
     mine = shards[jax.process_index() :: jax.process_count()]
-    shapes = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
     owned = frozenset(name for shard in mine for name in shard.tensor_names)
+    in_file = {tensor.model_name: name for name, tensor in plan.tensors.items()}
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="export") as pool, _Writer(pool) as writer:
+    with (
+        TensorFiles(plan.source) as source,
+        ThreadPoolExecutor(num_threads, thread_name_prefix="export") as pool,
+        _Writer(pool) as writer,
+    ):
         for shard in mine:
-            writer.create(folder / shard.name, {name: (shapes[name], dtypes[name]) for name in shard.tensor_names})
-        for name, take in host_tensors(params, config):
-            if name in owned:
-                writer.write(name, take)
+            writer.create(folder / shard.name, {name: plan.tensors[name] for name in shard.tensor_names})
+        for model_name, take in host_tensors(params, config):
+            if in_file[model_name] in owned:
+                writer.write(in_file[model_name], take)
             # With several processes the loop goes to its end: every tensor's slices travel between all of them.
             if writer.error is not None and jax.process_count() == 1:
                 break
+        for name in plan.source:
+            if name in owned:
+                writer.copy(name, source)
         writer.finish()
         if jax.process_index() == 0 and len(shards) > 1:
             metadata = {
-                "total_parameters": sum(math.prod(shape) for shape in shapes.values()),
-                "total_size": sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()),
+                "total_parameters": sum(math.prod(tensor.shape) for tensor in plan.tensors.values()),
+                "total_size": sum(tensor.num_bytes for tensor in plan.tensors.values()),
             }
             weight_map = {name: shard.name for shard in shards for name in shard.tensor_names}
             index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
@@ -100,8 +82,12 @@ class _Place(NamedTuple):
 
     descriptor: int
     offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    tensor: FileTensor
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of a tensor that is written from the params; carried ones may have any."""
+        return DTYPES[self.tensor.dtype]
 
 
 class _Writer:
@@ -130,19 +116,19 @@ class _Writer:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
-    def create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+    def create(self, path: Path, tensors: Mapping[str, FileTensor]) -> None:
         """Creates a file with its header."""
         self._guarded(self._create, path, tensors)
 
-    def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+    def _create(self, path: Path, tensors: Mapping[str, FileTensor]) -> None:
         # The format that loaders of torch models look for, although the file has nothing of torch in it.
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         # Wide elements first, so that every tensor is aligned to the size of its elements.
-        for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -item[1][1].itemsize):
+        for name, tensor in sorted(tensors.items(), key=lambda item: -_element_bytes(item[1])):
             offsets[name], begin = end, end
-            end += math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            end += tensor.num_bytes
+            header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         # Spaces pad the header, so that the first tensor is aligned to 8 bytes.
         text += b" " * (-len(text) % 8)
@@ -151,8 +137,8 @@ class _Writer:
         self._descriptors.append(descriptor)
         # The format: the header's length in 8 bytes, the header, the tensors.
         _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        for name, (shape, dtype) in tensors.items():
-            self._places[name] = _Place(descriptor, 8 + len(text) + offsets[name], shape, dtype)
+        for name, tensor in tensors.items():
+            self._places[name] = _Place(descriptor, 8 + len(text) + offsets[name], tensor)
 
     def write(self, name: str, take: Callable[[], Sequence[HostPiece]]) -> None:
         """Starts to write a tensor from its pieces; waits first if too many bytes are being written."""
@@ -160,7 +146,7 @@ class _Writer:
 
     def _write(self, name: str, take: Callable[[], Sequence[HostPiece]]) -> None:
         place, pieces = self._places[name], take()
-        num_bytes = math.prod(place.shape) * place.dtype.itemsize
+        num_bytes = place.tensor.num_bytes
         while self._waiting and sum(size for size, _ in self._waiting) + num_bytes > _BYTES_UNDER_WAY:
             self._wait()
         # Pieces that are dense in the file can be written in any order, each to its own range.
@@ -173,6 +159,15 @@ class _Writer:
         else:
             futures = [self._pool.submit(self._guarded, self._write_whole, name, place, pieces)]
         self._waiting.append((num_bytes, futures))
+
+    def copy(self, name: str, source: TensorFiles) -> None:
+        """Starts to copy a carried tensor, a few MiB at a time."""
+        num_bytes = self._places[name].tensor.num_bytes if self.error is None else 0
+        futures = [
+            self._pool.submit(self._guarded, self._copy_chunk, name, source, start, min(CHUNK_BYTES, num_bytes - start))
+            for start in range(0, num_bytes, CHUNK_BYTES)
+        ]
+        self._waiting.append((0, futures))
 
     def finish(self) -> None:
         """Waits until everything is on the disk; raises the first error."""
@@ -204,9 +199,14 @@ class _Writer:
         self._lay_out(name, values, view, run)
         _write_all(place.descriptor, run.view(np.uint8).data, place.offset + view.start * place.dtype.itemsize)
 
+    def _copy_chunk(self, name: str, source: TensorFiles, start: int, num_bytes: int) -> None:
+        place, run = self._places[name], self._scratch.array("copy", num_bytes, np.dtype(np.uint8))
+        source.read_into(name, start, run)
+        _write_all(place.descriptor, run.data, place.offset + start)
+
     def _write_whole(self, name: str, place: _Place, pieces: Sequence[HostPiece]) -> None:
         """Writes a tensor whose pieces are interleaved."""
-        run = np.empty(math.prod(place.shape), place.dtype)
+        run = np.empty(math.prod(place.tensor.shape), place.dtype)
         for piece, values in pieces:
             for bounds, view in piece.view.chunks(CHUNK_BYTES // place.dtype.itemsize):
                 self._lay_out(name, values[_slices(bounds)], view._replace(start=0), run[view.start :])
@@ -228,6 +228,11 @@ class _Writer:
         if is_narrower(run.dtype, values.dtype) and not all_finite(padded):
             raise ValueError(f"tensor {name} holds values that {run.dtype.name} cannot; export it in float32")
         bits(target)[...] = bits(padded)
+
+
+def _element_bytes(tensor: FileTensor) -> float:
+    # Of any dtype, also of those that only carried tensors have.
+    return tensor.num_bytes / max(math.prod(tensor.shape), 1)
 
 
 def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jdpo.json_files import read_json
+from jdpo.models.families.config_readers.towers import is_tied
 from jdpo.models.families.table import FAMILIES
 from jdpo.models.model_config import ModelConfig
 from jdpo.quiet_transformers import be_quiet
@@ -76,7 +77,8 @@ def _hf_config(folder: Path) -> Any:
     """Returns transformers' config of a folder of one of the families."""
     raw = _read_config(folder)
     # Before transformers reads the file: its classes make lists with an entry per layer.
-    _refuse_sizes(raw, folder / "config.json")
+    for sizes in (raw, raw.get("text_config")):
+        _refuse_sizes(sizes if isinstance(sizes, dict) else {}, folder / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
@@ -88,7 +90,7 @@ def _hf_config(folder: Path) -> Any:
 
     try:
         # If unset, transformers asks for trust_remote_code on the terminal, and "y" runs Python files of the folder.
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its validators raise their own types, KeyError and bare TypeError among them
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -96,6 +98,9 @@ def _hf_config(folder: Path) -> Any:
                 f"supported are {', '.join(sorted(FAMILIES))} as transformers has them"
             ) from None
         raise ValueError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+    if hasattr(found, "text_config"):
+        found.tie_word_embeddings = is_tied(raw, found)
+    return found
 
 
 def _model_config(folder: Path, hf_config: Any) -> ModelConfig:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jdpo.models.families.config_readers import gemma, gpt, llama, mixtral, qwen
+from jdpo.models.families.config_readers.towers import reader_of_text
 from jdpo.models.families.layouts import Layout
 from jdpo.models.families.layouts.expert_names import MIXTRAL, QWEN3_MOE
 from jdpo.models.families.layouts.gpt_names import GPT2, GPT_NEOX
 from jdpo.models.families.layouts.llama_names import GEMMA2, LLAMA, OLMO2, PHI3
+from jdpo.models.families.layouts.tower_names import in_tower
 from jdpo.models.model_config import ModelConfig
 
 
@@ -25,20 +27,36 @@ class Family(NamedTuple):
     layout: Layout
 
 
+def tower(**texts: Family) -> Family:
+    """Returns the family of multimodal models whose text part is of one of the given families.
+
+    The text part is trained; all other tensors of a folder, such as those of its vision tower, are carried.
+
+    Args:
+      texts: {model_type of text_config: its family}; their layouts are equal.
+    """
+    (layout,) = {id(text.layout): text.layout for text in texts.values()}.values()
+    return Family(reader_of_text({name: text.read for name, text in texts.items()}), in_tower(layout))
+
+
 FAMILIES: dict[str, Family] = {
     "gemma": Family(gemma.gemma, LLAMA),
     "gemma2": Family(gemma.gemma2, GEMMA2),
+    "gemma3": tower(gemma3_text=Family(gemma.gemma3_text, GEMMA2)),
     "gemma3_text": Family(gemma.gemma3_text, GEMMA2),
     "gpt2": Family(gpt.gpt2, GPT2),
     "gpt_neox": Family(gpt.gpt_neox, GPT_NEOX),
     "granite": Family(llama.granite, LLAMA),
     "llama": Family(llama.llama, LLAMA),
     "mistral": Family(llama.mistral, LLAMA),
+    "mistral3": tower(mistral=Family(llama.mistral, LLAMA)),
     "mixtral": Family(mixtral.mixtral, MIXTRAL),
     "olmo2": Family(llama.olmo2, OLMO2),
     "phi3": Family(llama.phi3, PHI3),
     "qwen2": Family(qwen.qwen2, LLAMA),
+    "qwen2_5_vl": tower(qwen2_5_vl_text=Family(qwen.qwen2, LLAMA)),
     "qwen3": Family(qwen.qwen3, LLAMA),
     "qwen3_moe": Family(qwen.qwen3_moe, QWEN3_MOE),
+    "qwen3_vl": tower(qwen3_vl_text=Family(qwen.qwen3_vl_text, LLAMA)),
     "smollm3": Family(llama.smollm3, LLAMA),
 }

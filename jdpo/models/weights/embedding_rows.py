@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jdpo.models.model_config import ModelConfig
-from jdpo.models.weights.hf_names import layout_of, with_prefix
+from jdpo.models.weights.folder_names import by_model_name
+from jdpo.models.weights.hf_names import layout_of
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorFiles, tensor_entries
 
 R = TypeVar("R")
@@ -142,7 +143,7 @@ class _Table:
     """A table [v, d] of a model folder, read a few rows at a time by several threads."""
 
     def __init__(self, folder: Path, config: ModelConfig, hf_name: str) -> None:
-        entries = with_prefix(tensor_entries(folder), config)
+        entries = by_model_name(tensor_entries(folder), config)
         expected = (config.vocab_size, config.d_model)
         if hf_name not in entries or entries[hf_name].shape != expected or entries[hf_name].dtype not in DTYPES:
             raise ValueError(f"{folder}: expected a tensor {hf_name} of shape {expected}, which the files do not have")

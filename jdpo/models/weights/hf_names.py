@@ -8,14 +8,12 @@ of several leaves.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from jdpo.models.families import FAMILIES
 from jdpo.models.families.layouts import REWARD_HEAD, Layout, Path, Rule, parameters_of
 from jdpo.models.model_config import ModelConfig, layer_pattern
 from jdpo.models.weights.strided_views import StridedView, view_of
-
-Entry = TypeVar("Entry")
 
 
 class Piece(NamedTuple):
@@ -94,28 +92,6 @@ def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
 def layout_of(config: ModelConfig) -> Layout:
     """Returns how checkpoints of this model name their tensors."""
     return FAMILIES[config.family].layout
-
-
-def with_prefix(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
-    """Returns the tensors of a folder by the names that they have in a model with a head.
-
-    A model that was saved without its head leaves out the prefix of all names, as GPT-2 on the hub does.
-    """
-    layout = layout_of(config)
-    bare = tuple(
-        # The first part of each name, such as "wte." or "h." of GPT-2.
-        rule.hf_name.removeprefix(layout.prefix).split(".")[0] + "."
-        for rule in (layout.embedding, *layout.first, *layout.last, *layout.layer)
-    )
-    if any(name.startswith(layout.prefix) for name in entries) or not any(name.startswith(bare) for name in entries):
-        return entries
-    # The head is outside of the prefix in every layout.
-    return {name if name == layout.head.hf_name else layout.prefix + name: entry for name, entry in entries.items()}
-
-
-def is_ignorable(hf_name: str, config: ModelConfig) -> bool:
-    """Returns True for tensors that are not weights: old checkpoints store rotary frequencies and masks."""
-    return hf_name.endswith(layout_of(config).buffers)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

@@ -21,7 +21,8 @@ from jax.sharding import SingleDeviceSharding
 from jdpo import words
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params, Transformer
-from jdpo.models.weights.hf_names import hf_tensors, is_ignorable, layout_of, leaves, with_prefix
+from jdpo.models.weights.folder_names import by_model_name, is_carried, is_ignorable
+from jdpo.models.weights.hf_names import hf_tensors, layout_of, leaves
 from jdpo.models.weights.resize import resize_embeddings
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
 from jdpo.models.weights.staging import CHUNK_BYTES, SLAB_BYTES, Leaf, filled_leaves
@@ -96,7 +97,7 @@ def load_params(
 
 def _checked_entries(folder: Path, config: ModelConfig) -> dict[str, TensorEntry]:
     """Returns all tensors of a folder, once they are known to be those that the model needs."""
-    entries = with_prefix(tensor_entries(folder), config)
+    entries = by_model_name(tensor_entries(folder), config)
     check_tensors(folder, entries, config)
     # Some exporters store a tied head as well; if it differed, it would be unclear which of the two is meant.
     if config.tie_embeddings and layout_of(config).head.hf_name in entries:
@@ -112,7 +113,7 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
       ValueError: the first ten differences are listed, with what to do about them.
     """
     expected = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
-    entries, head = with_prefix(entries, config), layout_of(config).head.hf_name
+    entries, head = by_model_name(entries, config), layout_of(config).head.hf_name
     _refuse_other_names(folder, entries, expected, config)
     # Tied weights may be stored twice; both are then read and compared.
     shapes = expected | ({head: expected[layout_of(config).embedding.hf_name]} if config.tie_embeddings else {})
@@ -127,7 +128,7 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
             known = ", ".join(DTYPES)
             found = terminal(entry.dtype)
             problems.append(f"dtype {found} of {where}: expected one of {known}; dequantize the model first")
-        elif name not in shapes and not is_ignorable(name, config):
+        elif name not in shapes and not is_ignorable(name, config) and not is_carried(name, config):
             problems.append(f"extra tensor {where}, shape {entry.shape}: a {config.family} model has no such weight")
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""

@@ -36,12 +36,14 @@ class TensorEntry(NamedTuple):
     Attributes:
       dtype: the dtype's name in safetensors.
       offset: number of bytes from the start of the file to the first element.
+      num_bytes: size of all elements.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    num_bytes: int
 
 
 class TensorFiles:
@@ -72,6 +74,8 @@ class TensorFiles:
 
     def read_into(self, name: str, start: int, run: np.ndarray) -> None:
         """Fills `run`, an array [n] of the tensor's dtype, with the elements from number `start` on.
+
+        An array of uint8 gets the bytes from number `start` on, whatever the tensor's dtype.
 
         Raises:
           ValueError: the file cannot be read or is too short.
@@ -200,7 +204,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             # Tensors must follow each other without gaps: the format's own rule, which finds damaged offsets.
             begin, after = info["data_offsets"]
             # The header's offsets count from its end, and 8 bytes before it hold its length.
-            entry = TensorEntry(path, tuple(info["shape"]), info["dtype"], 8 + header_bytes + begin)
+            entry = TensorEntry(path, tuple(info["shape"]), info["dtype"], 8 + header_bytes + begin, after - begin)
             expected_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
             if begin != end or after < begin or expected_bytes not in (None, after - begin):
                 raise ValueError(f"tensor {name} of shape {entry.shape} cannot be at {info['data_offsets']}")

@@ -98,7 +98,7 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("gemma3", {}, "model_type 'gemma3' is not supported; supported are gemma, gemma2, gemma3_text, gpt2, "),
+        ("gemma7", {}, "model_type 'gemma7' is not supported; supported are gemma, gemma2, gemma3, gemma3_text, "),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not supported; supported are silu, "),
         ("gemma2", {"hidden_activation": "gelu_fast"}, "hidden_activation: 'gelu_fast' is not supported"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function: 'tanh' is not supported"),

@@ -12,12 +12,18 @@ from jdpo.models.model_config import ModelConfig, MoEConfig
 
 
 def qwen2(hf_config: Any) -> ModelConfig:
+    """Reads Qwen2, and the text part of Qwen2.5-VL, whose rope is a plain one in rows without images."""
     # Qwen2 always has biases on query, key and value; config.json has no key for them.
     return decoder(hf_config, layers=by_window(hf_config), activation=activation_of(hf_config), qkv_bias=True)
 
 
 def qwen3(hf_config: Any) -> ModelConfig:
     return llama_like(hf_config, layers=by_window(hf_config), qk_norm="head")
+
+
+def qwen3_vl_text(hf_config: Any) -> ModelConfig:
+    # In a row without images a token has one position in all three sections of the rope, which makes it a plain rope.
+    return llama_like(hf_config, layers=same_layers(hf_config), qk_norm="head")
 
 
 def qwen3_moe(hf_config: Any) -> ModelConfig:

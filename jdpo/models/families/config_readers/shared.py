@@ -28,7 +28,7 @@ def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], **own: Any) -> Mod
     Raises:
       ValueError: sizes are inconsistent, or a setting is one that the decoder lacks.
     """
-    _refuse_unsupported(hf_config)
+    refuse_unsupported(hf_config)
     num_heads = hf_config.num_attention_heads
     sizes = {
         # Missing or null in models without grouped queries.
@@ -85,7 +85,7 @@ def _end_of(layers: tuple[LayerKind, ...]) -> dict[str, Any]:
     return {"max_positions": min(ends), "positions_end": True} if ends else {}
 
 
-def _refuse_unsupported(hf_config: Any) -> None:
+def refuse_unsupported(hf_config: Any) -> None:
     """Refuses settings that would change the arithmetic and that the decoder lacks."""
     for key in _REFUSED:
         # is_causal must be true, all others false.

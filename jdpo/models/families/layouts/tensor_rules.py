@@ -27,6 +27,18 @@ class Rule(NamedTuple):
     pattern: str
 
 
+class Spelling(NamedTuple):
+    """Names that the text part has in some folders instead of those of its layout.
+
+    Attributes:
+      prefix: in place of the layout's prefix.
+      head: name of the output head.
+    """
+
+    prefix: str
+    head: str
+
+
 class Layout(NamedTuple):
     """The tensors of a checkpoint.
 
@@ -36,6 +48,9 @@ class Layout(NamedTuple):
       first, last: the other parameters before and after the layers.
       layer: the parameters of a layer.
       buffers: endings of names that are not weights, such as masks in old checkpoints.
+      spellings: other names that folders of this family use; an export keeps those of the folder that it started from.
+      carried: prefixes of tensors that belong to other parts of a model, such as a vision tower: they are not read or
+        trained, and an export has them bit for bit. ("",) for every tensor outside of the text part.
     """
 
     prefix: str
@@ -45,6 +60,13 @@ class Layout(NamedTuple):
     last: tuple[Rule, ...]
     layer: tuple[Rule, ...]
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    spellings: tuple[Spelling, ...] = ()
+    carried: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """All rules except the head's."""
+        return (self.embedding, *self.first, *self.layer, *self.last)
 
 
 REWARD_HEAD = Rule("score.weight", ("score", "kernel"), "r d -> d r")

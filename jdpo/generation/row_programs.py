@@ -17,7 +17,10 @@ from jax.sharding import PartitionSpec
 
 from jdpo.generation.draws import draw
 from jdpo.generation.values import Sampling
-from jdpo.models.attention import LayerCache
+from jdpo.models.attention import empty_layer_cache
+from jdpo.models.context import Cache
+from jdpo.models.delta.delta_cache import empty_delta_cache
+from jdpo.models.model_config import LayerKind
 from jdpo.models.transformer import Params, Transformer, Weights, unroll, variables
 
 
@@ -30,7 +33,7 @@ class Rows(NamedTuple):
       token: int32 [p, r], the last token drawn, which is not in the cache yet.
       count: int32 [p, r], number of tokens drawn.
       active: bool [p, r], False on rows whose answer is complete.
-      caches: one for each layer, see `jdpo.models.attention.cached`.
+      caches: one for each layer, see `jdpo.models.attention.cached` and `jdpo.models.delta.delta_cache`.
     """
 
     prompt_lengths: jax.Array
@@ -38,7 +41,7 @@ class Rows(NamedTuple):
     token: jax.Array
     count: jax.Array  # type: ignore[assignment]  # the method of tuples is not needed
     active: jax.Array
-    caches: tuple[LayerCache, ...]
+    caches: tuple[Cache, ...]
 
 
 class Orders(NamedTuple):
@@ -138,8 +141,14 @@ def decoding_weights(weights: Params | Weights, *, model: Transformer) -> Params
 def empty_rows(*, model: Transformer, num_places: int, num_rows: int, prompt_slots: int, tail_slots: int) -> Rows:
     """Returns idle rows."""
     config, rows = model.config, (num_places, num_rows)
-    prompt = jnp.zeros((num_places, config.num_kv_heads, prompt_slots, config.head_dim), model.compute_dtype)
-    tail = jnp.zeros((*rows, config.num_kv_heads, tail_slots, config.head_dim), model.compute_dtype)
+
+    def empty(kind: LayerKind) -> Cache:
+        if kind.mixer == "delta":
+            assert config.delta is not None
+            return empty_delta_cache(config.delta, model.compute_dtype, *rows)
+        sizes = (config.num_kv_heads, config.head_dim)
+        return empty_layer_cache(*sizes, model.compute_dtype, *rows, prompt_slots, tail_slots)
+
     return _placed(
         Rows(
             prompt_lengths=jnp.zeros(num_places, jnp.int32),
@@ -147,8 +156,7 @@ def empty_rows(*, model: Transformer, num_places: int, num_rows: int, prompt_slo
             token=jnp.zeros(rows, jnp.int32),
             count=jnp.zeros(rows, jnp.int32),
             active=jnp.zeros(rows, bool),
-            # Keys have their slots last.
-            caches=tuple(LayerCache(prompt.mT, prompt, tail.mT, tail) for _ in config.layers),
+            caches=tuple(empty(kind) for kind in config.layers),
         )
     )
 
@@ -156,21 +164,7 @@ def empty_rows(*, model: Transformer, num_places: int, num_rows: int, prompt_slo
 @functools.partial(jax.jit, static_argnames=("prompt_slots", "tail_slots"))
 def resize(rows: Rows, *, prompt_slots: int, tail_slots: int) -> Rows:
     """Returns the rows with more slots; the new ones are at the end."""
-
-    def grow(array: jax.Array, num_slots: int, axis: int) -> jax.Array:
-        padding = [(0, 0)] * array.ndim
-        padding[axis] = (0, num_slots - array.shape[axis])
-        return jnp.pad(array, padding)
-
-    caches = tuple(
-        LayerCache(
-            prompt_key=grow(cache.prompt_key, prompt_slots, -1),
-            prompt_value=grow(cache.prompt_value, prompt_slots, -2),
-            tail_key=grow(cache.tail_key, tail_slots, -1),
-            tail_value=grow(cache.tail_value, tail_slots, -2),
-        )
-        for cache in rows.caches
-    )
+    caches = tuple(cache.resize(prompt_slots, tail_slots) for cache in rows.caches)
     return _placed(rows._replace(caches=caches))
 
 
@@ -186,27 +180,18 @@ def prefill(
       lengths: int32 [b].
 
     Returns:
-      logits [b, v] after each prompt, and keys [b, g, k, t] and values [b, g, t, k] of each layer.
+      logits [b, v] after each prompt, and for each layer what its cache inserts, such as keys and values.
     """
-    logits, keys = model.apply(variables(weights), tokens, lengths, method="prefill")
-    layers = unroll(model.config, keys)["rest"]
+    logits, kept = model.apply(variables(weights), tokens, lengths, method="prefill")
+    layers = unroll(model.config, kept)["rest"]
     return logits.astype(jnp.float32), tuple(layers[f"layer_{index}"] for index in range(model.config.num_layers))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def insert(
-    rows: Rows, places: jax.Array, lengths: jax.Array, logits: jax.Array, keys: tuple[tuple[jax.Array, jax.Array], ...]
-) -> Rows:
+def insert(rows: Rows, places: jax.Array, lengths: jax.Array, logits: jax.Array, kept: tuple[Any, ...]) -> Rows:
     """Gives computed prompts to places, int32 [b]; a place past the last one means none."""
-
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        # The first slots are replaced; keys have them last, values before the head's width.
-        return old.at[places, :, : new.shape[2], : new.shape[3]].set(new.astype(old.dtype), mode="drop")
-
-    caches = tuple(
-        cache._replace(prompt_key=write(cache.prompt_key, key), prompt_value=write(cache.prompt_value, value))
-        for cache, (key, value) in zip(rows.caches, keys, strict=True)
-    )
+    # Each layer's mixer decides what it keeps of prompts, and its cache takes just that.
+    caches = tuple(cache.insert(places, of_layer) for cache, of_layer in zip(rows.caches, kept, strict=True))
     return _placed(
         rows._replace(
             prompt_lengths=rows.prompt_lengths.at[places].set(lengths, mode="drop"),
@@ -226,20 +211,15 @@ def share(rows: Rows, source: jax.Array) -> Rows:
 def select(rows: Rows, kept: jax.Array) -> Rows:
     """Returns the rows of some places, int32 [p]."""
     rows = rows._replace(token=rows.token[kept], count=rows.count[kept], active=rows.active[kept])
-    caches = tuple(
-        cache._replace(tail_key=cache.tail_key[kept], tail_value=cache.tail_value[kept]) for cache in rows.caches
-    )
+    caches = tuple(cache.with_tails_of(kept) for cache in rows.caches)
     return _placed(_with_prompts(rows, kept, caches))
 
 
-def _with_prompts(rows: Rows, source: jax.Array, caches: tuple[LayerCache, ...]) -> Rows:
+def _with_prompts(rows: Rows, source: jax.Array, caches: tuple[Cache, ...]) -> Rows:
     return rows._replace(
         prompt_lengths=rows.prompt_lengths[source],
         prompt_logits=rows.prompt_logits[source],
-        caches=tuple(
-            cache._replace(prompt_key=cache.prompt_key[source], prompt_value=cache.prompt_value[source])
-            for cache in caches
-        ),
+        caches=tuple(cache.with_prompts_of(source) for cache in caches),
     )
 
 
@@ -317,22 +297,14 @@ def advance(
 
 def _placed(rows: Rows) -> Rows:
     """Splits places over the batch axes of the mesh and heads over `tensor`; without a mesh, changes nothing."""
-    by_place, heads, slots = "batch", "act_kv_heads", (None, None)
-    prompt_axes, tail_axes = (by_place, heads, *slots), (by_place, None, heads, *slots)
-    place = nn.with_logical_constraint
-    caches = tuple(
-        LayerCache(
-            *(place(array, prompt_axes) for array in cache[:2]), *(place(array, tail_axes) for array in cache[2:])
-        )
-        for cache in rows.caches
-    )
+    by_place, place = "batch", nn.with_logical_constraint
     return Rows(
         prompt_lengths=place(rows.prompt_lengths, (by_place,)),
         prompt_logits=place(rows.prompt_logits, (by_place, "act_vocab")),
         token=place(rows.token, (by_place, None)),
         count=place(rows.count, (by_place, None)),
         active=place(rows.active, (by_place, None)),
-        caches=caches,
+        caches=tuple(cache.placed() for cache in rows.caches),
     )
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdpo.models.attention import LayerCache
-from jdpo.models.context import Context, LayerKeys
+from jdpo.models.context import Cache, Context, Kept
+from jdpo.models.delta.delta_net import DeltaNet
 from jdpo.models.experts.routing import MoE
 from jdpo.models.layers import INIT_STDDEV, MLP, Norm, scaled
 from jdpo.models.lookup import lookup
@@ -25,7 +25,7 @@ from jdpo.models.self_attention import Attention, AttentionSettings
 
 
 class DecoderLayer(nn.Module):
-    """A layer: attention and MLP, each a branch that adds to the residual stream."""
+    """A layer: a mixer (attention or a DeltaNet) and an MLP, each a branch that adds to the residual stream."""
 
     config: ModelConfig
     kind: LayerKind
@@ -34,13 +34,10 @@ class DecoderLayer(nn.Module):
     attention: AttentionSettings
 
     @nn.compact
-    def __call__(
-        self, x_ntd: jax.Array, cache: LayerCache | None, context: Context
-    ) -> tuple[jax.Array, LayerCache | LayerKeys | None]:
-        config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
+    def __call__(self, x_ntd: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, Kept | None]:
+        config = self.config
         x_ntd = named_layer_input(x_ntd)
-        attend = Attention(config, self.kind, *dtypes, self.attention, name="attention")
-        attended, kept = attend(self._norm("before", "attention_norm", x_ntd), cache, context)
+        attended, kept = self._mixer()(self._norm("before", "attention_norm", x_ntd), cache, context)
         attended = self._norm("after", "attention_post_norm", attended)
         # Constrained after every branch: left to itself, XLA may split the stream along d like the weights.
         after_ntd = constrain_stream(x_ntd + scaled(attended, config.residual_scale))
@@ -49,6 +46,12 @@ class DecoderLayer(nn.Module):
         widened = self._mlp(self._norm("before", "mlp_norm", read_ntd), context)
         widened = self._norm("after", "mlp_post_norm", widened)
         return constrain_stream(after_ntd + scaled(widened, config.residual_scale)), kept
+
+    def _mixer(self) -> Attention | DeltaNet:
+        config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
+        if self.kind.mixer == "delta":
+            return DeltaNet(config, *dtypes, name="delta")
+        return Attention(config, self.kind, *dtypes, self.attention, name="attention")
 
     def _mlp(self, x_ntd: jax.Array, context: Context) -> jax.Array:
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
@@ -78,15 +81,15 @@ class LayerGroup(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ntd: jax.Array, caches: dict[str, LayerCache] | None, context: Context
-    ) -> tuple[jax.Array, dict[str, LayerCache | LayerKeys | None]]:
+        self, x_ntd: jax.Array, caches: dict[str, Cache] | None, context: Context
+    ) -> tuple[jax.Array, dict[str, Kept | None]]:
         layer_class: Any = DecoderLayer
         if self.remat != "none":
             # Within a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
             policy = REMAT_POLICIES[self.remat]
             layer_class = nn.remat(DecoderLayer, policy=policy, prevent_cse=not self.scanned)
         # Each layer is rematerialized on its own, so the backward pass holds the inner values of one layer at a time.
-        kept: dict[str, LayerCache | LayerKeys | None] = {}
+        kept: dict[str, Kept | None] = {}
         for index, kind in enumerate(self.kinds):
             name = f"layer_{index}"
             layer = layer_class(self.config, kind, self.compute_dtype, self.param_dtype, self.attention, name=name)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from jdpo.models.attention import VisibleSlots
+from jdpo.models.attention import LayerCache, VisibleSlots
+from jdpo.models.delta.delta_cache import DeltaCache, DeltaState
 from jdpo.models.packed_attention import PackedSequences
 from jdpo.models.rope import RopeTables
 
@@ -50,3 +51,9 @@ class Tails(NamedTuple):
 
 LayerKeys = tuple[jax.Array, jax.Array]
 """Keys [n, g, k, t] and values [n, g, t, k] of prompts in one layer, as `LayerCache` holds them."""
+
+Cache = LayerCache | DeltaCache
+"""What a layer reads and writes in decoding, by its mixer. Both have the methods that the engine calls."""
+
+Kept = Cache | LayerKeys | DeltaState
+"""What a layer leaves: the cache after a token, or what the cache of its answers needs of prompts."""

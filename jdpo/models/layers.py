@@ -69,7 +69,7 @@ class Projection(nn.Module):
 
     equation: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     compute_dtype: Any
     param_dtype: Any
     num_inputs: int = 1

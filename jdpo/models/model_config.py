@@ -83,6 +83,11 @@ class DeltaConfig:
     value_head_dim: int
     conv_width: int  # tokens that the causal convolution of queries, keys and values sees
 
+    @property
+    def values_per_key(self) -> int:
+        """The number of value heads that share a key head."""
+        return self.num_value_heads // self.num_key_heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from jdpo.models.attention import LayerCache, visible_slots
 from jdpo.models.blocks import Embedding, Head, LayerGroup
-from jdpo.models.context import Context, Tails
+from jdpo.models.context import Cache, Context, Tails
 from jdpo.models.experts.routing import ROUTER, router_stats
 from jdpo.models.layers import ADAPTERS, SCALES, Norm, scaled
 from jdpo.models.mesh_axes import constrain_weight
@@ -169,7 +169,8 @@ class Transformer(nn.Module):
           lengths: int [n], numbers of real tokens.
 
         Returns:
-          logits, and arrays [n, g, k, t] and [n, g, t, k] for every layer of the tree that `unroll` takes.
+          logits, and for every layer of the tree that `unroll` takes arrays [n, g, k, t] and [n, g, t, k], or a
+          DeltaNet's state.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         context = Context(self._ropes(positions), positions < lengths[:, None], lengths=lengths)
@@ -184,8 +185,8 @@ class Transformer(nn.Module):
         is_real: jax.Array,
         prompt_lengths: jax.Array,
         index: jax.Array,
-        caches: tuple[LayerCache, ...],
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        caches: tuple[Cache, ...],
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Runs one token of every answer; returns logits [p, r, v] of the next one, and the longer caches.
 
         Only for an unrolled model.
@@ -199,7 +200,8 @@ class Transformer(nn.Module):
         """
         assert self.unrolled, "decoding needs the layers one by one"
         positions = prompt_lengths[:, None] + index
-        slots = caches[0].prompt_key.shape[-1], caches[0].tail_key.shape[-1]
+        # The slots of any layer with attention: all have the same, and a DeltaNet has none.
+        slots = next((cache.num_slots for cache in caches if isinstance(cache, LayerCache)), (0, 0))
         # Once per distinct window, not in every layer.
         visible = tuple(visible_slots(prompt_lengths, index, *slots, window) for window in self.config.windows)
         context = Context(self._ropes(positions), is_real, tails=Tails(index, visible))

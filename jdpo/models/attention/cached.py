@@ -12,7 +12,7 @@ A row's index is the slot that its next token is written to; slots from there on
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,64 @@ class LayerCache(NamedTuple):
     prompt_value: jax.Array
     tail_key: jax.Array
     tail_value: jax.Array
+
+    @property
+    def num_slots(self) -> tuple[int, int]:
+        """The slots of prompts and of tails, s and c."""
+        return self.prompt_key.shape[-1], self.tail_key.shape[-1]
+
+    def insert(self, places: jax.Array, prompts: tuple[jax.Array, jax.Array]) -> LayerCache:
+        """Writes keys [b, g, k, t] and values [b, g, t, k] of prompts to places, int [b]; past the last means none."""
+
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            # The first slots are replaced; keys have them last, values before the head's width.
+            return old.at[places, :, : new.shape[2], : new.shape[3]].set(new.astype(old.dtype), mode="drop")
+
+        key, value = prompts
+        return self._replace(prompt_key=write(self.prompt_key, key), prompt_value=write(self.prompt_value, value))
+
+    def with_prompts_of(self, source: jax.Array) -> LayerCache:
+        """Gives place i the prompt of place source[i]."""
+        return self._replace(prompt_key=self.prompt_key[source], prompt_value=self.prompt_value[source])
+
+    def with_tails_of(self, source: jax.Array) -> LayerCache:
+        """Gives the rows of place i the tails of those of place source[i]."""
+        return self._replace(tail_key=self.tail_key[source], tail_value=self.tail_value[source])
+
+    def resize(self, prompt_slots: int, tail_slots: int) -> LayerCache:
+        """Returns the cache with more slots; the new ones are at the end."""
+
+        def grow(array: jax.Array, num_slots: int, axis: int) -> jax.Array:
+            padding = [(0, 0)] * array.ndim
+            padding[axis] = (0, num_slots - array.shape[axis])
+            return jnp.pad(array, padding)
+
+        return LayerCache(
+            prompt_key=grow(self.prompt_key, prompt_slots, -1),
+            prompt_value=grow(self.prompt_value, prompt_slots, -2),
+            tail_key=grow(self.tail_key, tail_slots, -1),
+            tail_value=grow(self.tail_value, tail_slots, -2),
+        )
+
+    def placed(self) -> LayerCache:
+        """Splits places over the batch axes of the mesh and heads over `tensor`."""
+        prompt, tail = ("batch", "act_kv_heads", None, None), ("batch", None, "act_kv_heads", None, None)
+        place = nn.with_logical_constraint
+        return LayerCache(*(place(array, prompt) for array in self[:2]), *(place(array, tail) for array in self[2:]))
+
+
+def empty_layer_cache(
+    num_heads: int, head_dim: int, dtype: Any, num_places: int, num_rows: int, prompt_slots: int, tail_slots: int
+) -> LayerCache:
+    """Returns the cache of one layer, of zeros.
+
+    Args:
+      num_heads: g.
+    """
+    prompt = jnp.zeros((num_places, num_heads, prompt_slots, head_dim), dtype)
+    tail = jnp.zeros((num_places, num_rows, num_heads, tail_slots, head_dim), dtype)
+    # Keys have their slots last.
+    return LayerCache(prompt.mT, prompt, tail.mT, tail)
 
 
 class VisibleSlots(NamedTuple):

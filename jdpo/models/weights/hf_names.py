@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jdpo.models.families import FAMILIES
 from jdpo.models.families.layouts import REWARD_HEAD, Layout, Path, Rule, parameters_of
-from jdpo.models.model_config import ModelConfig, layer_pattern
+from jdpo.models.model_config import DeltaConfig, ModelConfig, layer_pattern
 from jdpo.models.weights.strided_views import StridedView, view_of
 
 
@@ -106,6 +106,17 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "p": config.max_positions,
         "r": 1,
         **({"e": config.moe.num_experts, "x": config.moe.d_ff} if config.moe is not None else {}),
+        **({} if config.delta is None else _delta_sizes(config.delta)),
+    }
+
+
+def _delta_sizes(config: DeltaConfig) -> dict[str, int]:
+    return {
+        "q": config.num_key_heads,
+        "m": config.values_per_key,
+        "y": config.key_head_dim,
+        "z": config.value_head_dim,
+        "w": config.conv_width,
     }
 
 

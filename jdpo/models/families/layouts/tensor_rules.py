@@ -3,7 +3,8 @@
 A layout lists every parameter that its families may have; `parameters_of` omits those that a model lacks.
 
 Axes of the patterns, for which see `jdpo.models.weights.strided_views`: d model, h query heads, g key/value heads,
-k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, r=1 the reward.
+k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, r=1 the reward; of a DeltaNet
+q key heads, m value heads of each key head, y key width, z value width, w taps of the convolution.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ class MoEConfig:
     experts_per_token: int
     d_ff: int  # width of one expert
     normalize: bool  # True if the weights of a token's experts are normalized to sum to 1
+    shared_d_ff: int | None = None  # width of an expert that every token goes through in addition; None for none
     # Weight of the router's load balancing loss. It affects training only, so it is not compared.
     aux_loss_coef: float = field(compare=False)
 
@@ -110,6 +111,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: Literal["head", "width"] | None = None  # over each head, or over all heads together
+    attention_gate: bool = False  # attention's output is multiplied by sigmoids of a projection of its input
     attention_scale: float | None = None  # factor of scores; None for head_dim**-0.5
     attention_softcap: float | None = None  # scores become c * tanh(scores / c)
     attention_sinks: bool = False  # every softmax has one more score, learned by each head, without a value

@@ -112,6 +112,8 @@ class Attention(nn.Module):
             output = self._attend(query, key, value, sinks, context)
             if context.lengths is not None:
                 kept = rearrange(key, "n t g k -> n g k t"), rearrange(value, "n t g k -> n g t k")
+        if config.attention_gate:
+            output = output * nn.sigmoid(self._project(x_ntd, "gate", config.num_heads, "heads"))
         shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
         # Heads and head width are contracted together, without a reshape that would hide the sharded axis.
         project = Projection(

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from jdpo.models.experts.expert_mlps import ExpertMap, ExpertMaps, mixture
+from jdpo.models.experts.shared_expert import SharedExpert
 from jdpo.models.layers import ACTIVATIONS, ADAPTERS, INIT_STDDEV, SCALES, Projection
 from jdpo.models.model_config import Activation, MoEConfig
 from jdpo.models.remat import ROUTING
@@ -23,7 +24,7 @@ ROUTER = "router"
 
 
 class MoE(nn.Module):
-    """The sum of the experts that the router selects, weighted by its probabilities.
+    """The sum of the experts that the router selects, weighted by its probabilities, and of a shared expert if any.
 
     Writes sums over the tokens of a sequence, weighted by `token_weights_nt`, to the collection ROUTER:
       assignments: [n, e], number of tokens of each expert.
@@ -61,7 +62,11 @@ class MoE(nn.Module):
         self._leave(is_chosen_ntke.any(-2), probabilities_nte, token_weights_nt)
         # An index past the last expert means none, so padding is computed by no expert.
         experts_ntk = jnp.where((token_weights_nt > 0)[..., None], experts_ntk, num_experts)
-        return mixture(x_ntd, weights_ntk, experts_ntk, self._maps(), ACTIVATIONS[self.activation])
+        mixed_ntd = mixture(x_ntd, weights_ntk, experts_ntk, self._maps(), ACTIVATIONS[self.activation])
+        if self.config.shared_d_ff is None:
+            return mixed_ntd
+        sizes, dtypes = (self.d_model, self.config.shared_d_ff), (self.compute_dtype, self.param_dtype)
+        return mixed_ntd + SharedExpert(*sizes, self.activation, *dtypes, name="shared")(x_ntd)
 
     def _leave(self, is_chosen_nte: jax.Array, probabilities_nte: jax.Array, token_weights_nt: jax.Array) -> None:
         weights_nt1 = token_weights_nt[..., None].astype(probabilities_nte.dtype)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jdpo.models.families import FAMILIES
 from jdpo.models.families.layouts import REWARD_HEAD, Layout, Path, Rule, parameters_of
-from jdpo.models.model_config import DeltaConfig, ModelConfig, layer_pattern
+from jdpo.models.model_config import DeltaConfig, ModelConfig, MoEConfig, layer_pattern
 from jdpo.models.weights.strided_views import StridedView, view_of
 
 
@@ -105,9 +105,15 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "f": config.d_ff,
         "p": config.max_positions,
         "r": 1,
-        **({"e": config.moe.num_experts, "x": config.moe.d_ff} if config.moe is not None else {}),
+        **_expert_sizes(config.moe),
         **({} if config.delta is None else _delta_sizes(config.delta)),
     }
+
+
+def _expert_sizes(moe: MoEConfig | None) -> dict[str, int]:
+    if moe is None:
+        return {}
+    return {"e": moe.num_experts, "x": moe.d_ff, **({} if moe.shared_d_ff is None else {"s": moe.shared_d_ff})}
 
 
 def _delta_sizes(config: DeltaConfig) -> dict[str, int]:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_DIM = re.compile(r"(?:\([^)]*\)|\[[^\]]*\]|[^\s()\[\]]+)+")
-_PART = re.compile(r"(?P<mine>\([^)]*\)|[^\s()\[\]]+)|(?P<other>\[[^\]]*\])")
+# Axes in parentheses, which may have others within, axes in brackets, or one axis.
+_PART = re.compile(r"\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\]|[^\s()\[\]]+")
+_DIM = re.compile(rf"(?:{_PART.pattern})+")
 _INDEX = re.compile(r"(\d+)/(\d+)")
 _WORTH_A_SEEK = 64 * 1024  # elements; shorter gaps are read over rather than skipped
 
@@ -92,7 +93,8 @@ def view_of(pattern: str, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], St
       pattern: the tensor's dims on the left of "->", the parameter's axes on the right, each an axis letter. A dim may
         be axes in parentheses, outermost first, as einops writes them: "(h k) d -> d h k". Parts that follow each other
         in a dim are written without a space, those of other parameters in brackets: "[h k](g k)[g k] d -> d g k". Where
-        an axis of the tensor has no letter in the parameter, "i/n" takes index i of n: "(h 1/3 k) d -> d h k".
+        an axis of the tensor has no letter in the parameter, "i/n" takes index i of n: "(h 1/3 k) d -> d h k". Parts
+        may follow each other within an axis, too: "(h (k)[f]) d -> d h k" has k rows and then f others for each h.
       sizes: the size of every axis letter.
 
     >>> view_of("(h k) d -> d h k", {"h": 2, "k": 4, "d": 16})
@@ -101,42 +103,59 @@ def view_of(pattern: str, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], St
     ((64, 16), StridedView(start=512, shape=(16, 32), strides=(1, 16)))
     >>> view_of("(h 1/3 k) -> h k", {"h": 2, "k": 4})
     ((24,), StridedView(start=4, shape=(2, 4), strides=(12, 1)))
+    >>> view_of("(h [f](k)) -> h k", {"h": 2, "k": 4, "f": 3})
+    ((14,), StridedView(start=3, shape=(2, 4), strides=(7, 1)))
     """
     theirs, ours = pattern.split("->")
-    dims = [_parts(dim, sizes) for dim in _DIM.findall(theirs)]
-    shape = tuple(sum(math.prod(size for _, size in axes) for _, axes in parts) for parts in dims)
+    dims = [_concatenation(dim, sizes) for dim in _DIM.findall(theirs)]
+    shape = tuple(dim.size for dim in dims)
     start, strides = 0, dict[str, int]()
-    for number, parts in enumerate(dims):
+    for number, dim in enumerate(dims):
         stride = math.prod(shape[number + 1 :])
-        before = 0
-        assert sum(is_mine for is_mine, _ in parts) == 1, pattern
-        for is_mine, axes in parts:
-            if is_mine:
-                start += before * stride
-                # The innermost axis of a dim has the dim's own stride.
-                for axis, size in reversed(axes):
-                    index = _INDEX.fullmatch(axis)
-                    if index:
-                        start += int(index[1]) * stride
-                    else:
-                        assert axis not in strides, pattern
-                        strides[axis] = stride
-                    stride *= size
-                break
-            before += math.prod(size for _, size in axes)
+        start += dim.start * stride
+        assert not strides.keys() & dim.strides.keys(), pattern
+        strides |= {axis: inner * stride for axis, inner in dim.strides.items()}
     own = ours.split()
     assert set(own) == set(strides), pattern
     return shape, StridedView(start, tuple(sizes[axis] for axis in own), tuple(strides[axis] for axis in own))
 
 
-def _parts(dim: str, sizes: Mapping[str, int]) -> list[tuple[bool, list[tuple[str, int]]]]:
-    """Returns the parts of a dim as (True if it is the parameter's own, its axes with their sizes)."""
+class _Run(NamedTuple):
+    """Consecutive elements, and where the parameter's own are among them: its first, and the stride of each axis."""
 
-    def size(axis: str) -> int:
+    size: int
+    start: int
+    strides: dict[str, int]
+
+
+def _concatenation(text: str, sizes: Mapping[str, int]) -> _Run:
+    """Reads parts that follow each other, such as "[h k](g k)[g k]"; one of them is the parameter's own."""
+    own: _Run | None = None
+    size = 0
+    for part in _PART.findall(text):
+        of_part = _product(part[1:-1] if part[0] in "([" else part, sizes)
+        if part[0] != "[":
+            assert own is None, text
+            own = of_part._replace(start=size + of_part.start)
+        size += of_part.size
+    assert own is not None, text
+    return own._replace(size=size)
+
+
+def _product(text: str, sizes: Mapping[str, int]) -> _Run:
+    """Reads axes, outermost first, such as "h 1/3 k"; an axis may be a concatenation itself."""
+    size, start, strides = 1, 0, dict[str, int]()
+    # The innermost axis has stride 1.
+    for axis in reversed(_DIM.findall(text)):
         index = _INDEX.fullmatch(axis)
-        return int(index[2]) if index else sizes[axis]
-
-    return [
-        (found["mine"] is not None, [(axis, size(axis)) for axis in found[0].strip("()[]").split()])
-        for found in _PART.finditer(dim)
-    ]
+        if index:
+            of_axis = _Run(int(index[2]), int(index[1]), {})
+        elif "(" in axis or "[" in axis:
+            of_axis = _concatenation(axis, sizes)
+        else:
+            of_axis = _Run(sizes[axis], 0, {axis: 1})
+        start += of_axis.start * size
+        assert not strides.keys() & of_axis.strides.keys(), text
+        strides |= {name: stride * size for name, stride in of_axis.strides.items()}
+        size *= of_axis.size
+    return _Run(size, start, strides)

@@ -76,9 +76,10 @@ def kept_bytes(config: ModelConfig, remat: str, *, itemsize: int, places: float,
     if remat in ("attention", "dots", "none"):
         total += places * h * (itemsize * k + max(4, itemsize))
     if remat in ("dots", "none"):
-        total += itemsize * (h * k + 2 * g * k + d + 2 * f)
+        total += itemsize * ((1 + config.attention_gate) * h * k + 2 * g * k + d + 2 * f)
     if remat == "none":
         total += itemsize * (4 * d + 4 * f + places * (h + 2 * g) * k - 2 * g * k)
+        total += itemsize * config.attention_gate * 2 * h * k  # its sigmoid, and what it multiplies
     return total * config.num_layers
 
 
@@ -86,7 +87,9 @@ def _mlp_width(config: ModelConfig) -> float:
     """The mean width of the MLPs that a token goes through; half of it where there is no gate."""
     sparse = sum(kind.mlp != "dense" for kind in config.layers)
     dense = (len(config.layers) - sparse) * config.d_ff * (1 if config.gated_mlp else 0.5)
-    experts = sparse * config.moe.experts_per_token * config.moe.d_ff if config.moe is not None else 0
+    experts = 0
+    if config.moe is not None:
+        experts = sparse * (config.moe.experts_per_token * config.moe.d_ff + (config.moe.shared_d_ff or 0))
     return (dense + experts) / len(config.layers)
 
 

@@ -128,13 +128,16 @@ class _Matrices(NamedTuple):
 
 
 def _matrices(config: ModelConfig) -> _Matrices:
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and output; key and value
+    # Query, output and a gate; key and value.
+    heads = (2 + config.attention_gate) * config.num_heads + 2 * config.num_kv_heads
     maps, num_dense = 2 + config.gated_mlp, _num_dense(config)  # up and down, and a gate
     shared = config.num_layers * heads * config.head_dim + num_dense * maps * config.d_ff
     if config.moe is None:
         return _Matrices(config.d_model * shared, 0)
     num_sparse = config.num_layers - num_dense
     shared += num_sparse * config.moe.num_experts  # routers
+    if config.moe.shared_d_ff is not None:
+        shared += num_sparse * (3 * config.moe.shared_d_ff + 1)  # its maps and its score
     return _Matrices(
         config.d_model * shared, config.d_model * num_sparse * config.moe.experts_per_token * 3 * config.moe.d_ff
     )

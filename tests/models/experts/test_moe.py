@@ -71,6 +71,19 @@ def plain(params: Params, x: np.ndarray, normalize: bool) -> tuple[np.ndarray, n
     return out, probabilities, chosen.tolist()
 
 
+def test_a_shared_expert_is_added_whatever_the_routing() -> None:
+    params, (x, token_weights) = make_params(), make_inputs()
+    rng = np.random.default_rng(7)
+    shapes = {"gate": (D, 4), "up": (D, 4), "down": (4, D), "score": (D, 1)}
+    own = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    shared = {name: {"kernel": kernel} for name, kernel in own.items()}
+    found = jax.jit(lambda: layer(shared_d_ff=4).apply({"params": params | {"shared": shared}}, x, token_weights))()
+    alone = jax.jit(lambda: layer().apply({"params": params}, x, token_weights))()
+    gate = x @ own["gate"]
+    expected = (gate / (1 + np.exp(-gate)) * (x @ own["up"])) @ own["down"] / (1 + np.exp(-(x @ own["score"])))
+    np.testing.assert_allclose(found - alone, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_outputs_and_statistics_are_those_of_a_plain_loop(normalize: bool) -> None:
     params, (x, token_weights) = make_params(), make_inputs()

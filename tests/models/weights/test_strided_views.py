@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jdpo.models.weights.casting import BFLOAT16, all_finite, copy_cast
 from jdpo.models.weights.strided_views import StridedView, view_of
 
-SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2}
+SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2, "m": 2, "u": 3}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,13 @@ SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2}
         ("[h k](g k)[g k] d -> d g k", lambda t: rearrange(t[12:20], "(g k) d -> d g k", k=4)),
         ("e d [f]f -> e d f", lambda t: t[:, :, 5:]),
         ("(h 2/3 k) d -> d h k", lambda t: rearrange(t, "(h c k) d -> c d h k", c=3, k=4)[2]),
+        # For each g: k, k, m x u and m x u rows.
+        ("(g [k](k)[m u][m u]) d -> d g k", lambda t: rearrange(t, "(g r) d -> d g r", g=2)[:, :, 4:8]),
+        (
+            "(g [k][k][m u](m u)) d -> d g m u",
+            lambda t: rearrange(rearrange(t, "(g r) d -> d g r", g=2)[:, :, 14:], "d g (m u) -> d g m u", m=2),
+        ),
+        ("d 0/1 k -> k d", lambda t: t[:, 0].T),
     ],
 )
 def test_a_pattern_gives_the_view_of_einops(pattern: str, expected: object) -> None:

@@ -74,6 +74,10 @@ def test_only_experts_that_a_token_is_routed_to_count_and_padding_has_none() -> 
     )
     assert without.logical == 6 * shared * TOKENS + 6 * HEAD * SCORED + 12 * WIDTH * SEEN
     assert both.logical - without.logical == both.executed - without.executed == 6 * of_experts * TOKENS
+    # A shared expert has three maps and a score, and every token goes through it.
+    with_shared = dataclasses.replace(mixed, moe=dataclasses.replace(moe, shared_d_ff=4))
+    added = step_flops(with_shared, batch, Arithmetic("xla", "none")).logical - both.logical
+    assert added == 6 * 8 * (3 * 4 + 1) * TOKENS
     again = step_flops(mixed, batch, Arithmetic("xla", "full")).executed - both.executed
     again -= step_flops(CONFIG, batch, Arithmetic("xla", "full")).executed
     again += step_flops(CONFIG, batch, Arithmetic("xla", "none")).executed
@@ -193,10 +197,15 @@ def counted(objective: Any, batch: Any, model: Transformer, mesh: Any, lora: Lor
 
 
 PARALLEL = {"gated_mlp": False, "parallel_residual": True}
+GATE = {"attention_gate": True}
 POST_NORMS = {"norm_placement": "both", "attention_softcap": 5.0, "logit_softcap": 3.0}
 
 
-@pytest.mark.parametrize("own", [PARALLEL, POST_NORMS], ids=["parallel", "post_norms"])
+@pytest.mark.parametrize(
+    "own",
+    [PARALLEL, POST_NORMS, pytest.param(GATE, marks=pytest.mark.full)],
+    ids=["parallel", "post_norms", "attention_gate"],
+)
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.full)])
 def test_executed_flops_of_other_layers_equal_xlas_count(own: dict[str, Any], remat: str) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

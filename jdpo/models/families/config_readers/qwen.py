@@ -8,7 +8,7 @@ from typing import Any
 from jdpo.models.families.config_readers.expert_settings import experts_of
 from jdpo.models.families.config_readers.llama import by_window, llama_like
 from jdpo.models.families.config_readers.shared import activation_of, decoder, same_layers
-from jdpo.models.model_config import ModelConfig, MoEConfig
+from jdpo.models.model_config import LayerKind, ModelConfig, MoEConfig
 
 
 def qwen2(hf_config: Any) -> ModelConfig:
@@ -27,16 +27,27 @@ def qwen3_vl_text(hf_config: Any) -> ModelConfig:
 
 
 def qwen3_moe(hf_config: Any) -> ModelConfig:
+    layers, moe = with_experts(hf_config, same_layers(hf_config, window=hf_config.sliding_window))
+    return llama_like(hf_config, layers=layers, qk_norm="head", moe=moe)
+
+
+def with_experts(
+    hf_config: Any, layers: tuple[LayerKind, ...], *, has_shared: bool = False
+) -> tuple[tuple[LayerKind, ...], MoEConfig | None]:
+    """Returns the layers, with experts in those that decoder_sparse_step and mlp_only_layers leave, and the experts.
+
+    Raises:
+      ValueError: a setting of the experts is not supported.
+    """
     every, dense = hf_config.decoder_sparse_step, hf_config.mlp_only_layers
     if every < 1:
         raise ValueError(f"decoder_sparse_step: expected 1 or more, found {every}")
-    layers = list(same_layers(hf_config, window=hf_config.sliding_window))
     # Counted from 1: with a step of 2, layers 1, 3, .. have experts.
     sparse = [index for index in range(len(layers)) if index not in dense and (index + 1) % every == 0]
-    moe: MoEConfig | None = None
-    if sparse and hf_config.num_experts:
-        normalize, d_ff = bool(hf_config.norm_topk_prob), hf_config.moe_intermediate_size
-        moe = experts_of(hf_config, hf_config.num_experts, d_ff=d_ff, normalize=normalize)
-        for index in sparse:
-            layers[index] = dataclasses.replace(layers[index], mlp="experts")
-    return llama_like(hf_config, layers=tuple(layers), qk_norm="head", moe=moe)
+    if not sparse or not hf_config.num_experts:
+        return layers, None
+    normalize, d_ff = bool(hf_config.norm_topk_prob), hf_config.moe_intermediate_size
+    moe = experts_of(hf_config, hf_config.num_experts, d_ff=d_ff, normalize=normalize, has_shared=has_shared)
+    return tuple(
+        dataclasses.replace(kind, mlp="experts") if index in sparse else kind for index, kind in enumerate(layers)
+    ), moe

@@ -21,6 +21,14 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
+SHARED_EXPERT = (
+    llama_rule("mlp.shared_expert.gate_proj.weight", "mlp.shared.gate.kernel", "s d -> d s"),
+    llama_rule("mlp.shared_expert.up_proj.weight", "mlp.shared.up.kernel", "s d -> d s"),
+    llama_rule("mlp.shared_expert.down_proj.weight", "mlp.shared.down.kernel", "d s -> s d"),
+    llama_rule("mlp.shared_expert_gate.weight", "mlp.shared.score.kernel", "r d -> d r"),
+)
+QWEN_EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
+
 # Mistral's names: w1 is the gate, w3 is up, w2 is down.
 MIXTRAL = LLAMA._replace(layer=(*LLAMA.layer, *_experts("block_sparse_moe", "w1", "w3", "w2")))
-QWEN3_MOE = LLAMA._replace(layer=(*LLAMA.layer, *_experts("mlp", "gate_proj", "up_proj", "down_proj")))
+QWEN3_MOE = LLAMA._replace(layer=(*LLAMA.layer, *QWEN_EXPERTS))

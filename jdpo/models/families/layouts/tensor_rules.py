@@ -3,8 +3,9 @@
 A layout lists every parameter that its families may have; `parameters_of` omits those that a model lacks.
 
 Axes of the patterns, for which see `jdpo.models.weights.strided_views`: d model, h query heads, g key/value heads,
-k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, r=1 the reward; of a DeltaNet
-q key heads, m value heads of each key head, y key width, z value width, w taps of the convolution.
+k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, s width of the shared expert,
+r=1 the reward, or the score of the shared expert; of a DeltaNet q key heads, m value heads of each key head, y key
+width, z value width, w taps of the convolution.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _belongs(kind: LayerKind, path: Path) -> bool:
     """Returns True if layers of a kind have a parameter."""
     if path[0] in ("attention", "delta"):
         return path[0] == kind.mixer
-    return path[0] != "mlp" or (path[1] in ("router", "experts")) == (kind.mlp == "experts")
+    return path[0] != "mlp" or (path[1] in ("router", "experts", "shared")) == (kind.mlp == "experts")
 
 
 def _has(config: ModelConfig, path: Path) -> bool:
@@ -95,12 +96,16 @@ def _has(config: ModelConfig, path: Path) -> bool:
             return config.learned_positions
         case ("attention", "query" | "key" | "value", "bias"):
             return config.qkv_bias
+        case ("attention", "gate", name):
+            return config.attention_gate and (name != "bias" or config.qkv_bias)
         case ("attention", "output", "bias"):
             return config.o_bias
         case ("attention", "query_norm" | "key_norm", _):
             return config.qk_norm is not None
         case ("attention", "sinks"):
             return config.attention_sinks
+        case ("mlp", "shared", *_):
+            return config.moe is not None and config.moe.shared_d_ff is not None
         case ("mlp", "gate", name):
             return config.gated_mlp and (name != "bias" or config.mlp_bias)
         case ("mlp", _, "bias"):

@@ -1,0 +1,54 @@
+"""Layouts of Qwen3-Next and Qwen3.5."""
+
+from __future__ import annotations
+
+from jdpo.models.families.layouts.expert_names import QWEN_EXPERTS, SHARED_EXPERT
+from jdpo.models.families.layouts.llama_names import LLAMA, llama_rule
+from jdpo.models.families.layouts.tensor_rules import Rule
+
+# A head's query is followed by its gate, in the same tensor.
+_GATED_QUERY = (
+    llama_rule("self_attn.q_proj.weight", "attention.query.kernel", "(h 0/2 k) d -> d h k"),
+    llama_rule("self_attn.q_proj.weight", "attention.gate.kernel", "(h 1/2 k) d -> d h k"),
+    llama_rule("self_attn.q_proj.bias", "attention.query.bias", "(h 0/2 k) -> h k"),
+    llama_rule("self_attn.q_proj.bias", "attention.gate.bias", "(h 1/2 k) -> h k"),
+)
+
+_DELTA = (
+    llama_rule("linear_attn.conv1d.weight", "delta.query_conv.taps", "(q y)[q y][q m z] 0/1 w -> q y w"),
+    llama_rule("linear_attn.conv1d.weight", "delta.key_conv.taps", "[q y](q y)[q m z] 0/1 w -> q y w"),
+    llama_rule("linear_attn.conv1d.weight", "delta.value_conv.taps", "[q y][q y](q m z) 0/1 w -> q m z w"),
+    llama_rule("linear_attn.A_log", "delta.a_log", "(q m) -> q m"),
+    llama_rule("linear_attn.dt_bias", "delta.dt_bias", "(q m) -> q m"),
+    llama_rule("linear_attn.norm.weight", "delta.norm.scale", "z -> z"),
+    llama_rule("linear_attn.out_proj.weight", "delta.output.kernel", "d (q m z) -> q m z d"),
+)
+# Each kind of output in one piece: all queries, then all keys, then all values.
+_DELTA_INPUTS = (
+    llama_rule("linear_attn.in_proj_qkv.weight", "delta.query.kernel", "(q y)[q y][q m z] d -> d q y"),
+    llama_rule("linear_attn.in_proj_qkv.weight", "delta.key.kernel", "[q y](q y)[q m z] d -> d q y"),
+    llama_rule("linear_attn.in_proj_qkv.weight", "delta.value.kernel", "[q y][q y](q m z) d -> d q m z"),
+    llama_rule("linear_attn.in_proj_z.weight", "delta.gate.kernel", "(q m z) d -> d q m z"),
+    llama_rule("linear_attn.in_proj_b.weight", "delta.beta.kernel", "(q m) d -> d q m"),
+    llama_rule("linear_attn.in_proj_a.weight", "delta.decay.kernel", "(q m) d -> d q m"),
+)
+# Everything of a key head in one piece: its query, its key, the values and the gates of its value heads.
+_DELTA_INPUTS_BY_HEAD = (
+    llama_rule("linear_attn.in_proj_qkvz.weight", "delta.query.kernel", "(q (y)[y][m z][m z]) d -> d q y"),
+    llama_rule("linear_attn.in_proj_qkvz.weight", "delta.key.kernel", "(q [y](y)[m z][m z]) d -> d q y"),
+    llama_rule("linear_attn.in_proj_qkvz.weight", "delta.value.kernel", "(q [y][y](m z)[m z]) d -> d q m z"),
+    llama_rule("linear_attn.in_proj_qkvz.weight", "delta.gate.kernel", "(q [y][y][m z](m z)) d -> d q m z"),
+    llama_rule("linear_attn.in_proj_ba.weight", "delta.beta.kernel", "(q 0/2 m) d -> d q m"),
+    llama_rule("linear_attn.in_proj_ba.weight", "delta.decay.kernel", "(q 1/2 m) d -> d q m"),
+)
+
+
+def _gated(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    plain = {rule.hf_name for rule in _GATED_QUERY}
+    return (*_GATED_QUERY, *(rule for rule in layer if rule.hf_name not in plain))
+
+
+_LAYER = (*_gated(LLAMA.layer), *QWEN_EXPERTS, *SHARED_EXPERT, *_DELTA)
+
+QWEN3_5 = LLAMA._replace(layer=(*_LAYER, *_DELTA_INPUTS))
+QWEN3_NEXT = LLAMA._replace(layer=(*_LAYER, *_DELTA_INPUTS_BY_HEAD))

@@ -53,6 +53,9 @@ MULTIPLIERS = {
     "logits_scaling": 2.5,
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("Apertus", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 2}),
+    "cohere2": ("Cohere2", {"sliding_window": 3, "sliding_window_pattern": 2, "logit_scale": 0.7, "pad_token_id": 0}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 6, "use_bias": True}),
     "gemma": ("Gemma", {"head_dim": 6, "num_key_value_heads": 1}),
     "gemma2": (
         "Gemma2",
@@ -156,7 +159,7 @@ def write_case(folder: Path, config: Any) -> None:
     auto = transformers.AutoModelForImageTextToText if is_tower else transformers.AutoModelForCausalLM
     model = auto.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name or name.endswith("bias"):
+        if "norm" in name or "ln_" in name or name.endswith("bias") or "alpha_" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()

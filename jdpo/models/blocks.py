@@ -37,13 +37,16 @@ class DecoderLayer(nn.Module):
     def __call__(self, x_ntd: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, Kept | None]:
         config = self.config
         x_ntd = named_layer_input(x_ntd)
-        attended, kept = self._mixer()(self._norm("before", "attention_norm", x_ntd), cache, context)
+        normed_ntd = self._norm("before", "attention_norm", x_ntd)
+        attended, kept = self._mixer()(normed_ntd, cache, context)
         attended = self._norm("after", "attention_post_norm", attended)
         # Constrained after every branch: left to itself, XLA may split the stream along d like the weights.
         after_ntd = constrain_stream(x_ntd + scaled(attended, config.residual_scale))
         # GPT-NeoX feeds the layer's input to both branches and adds both results to it.
         read_ntd = x_ntd if config.parallel_residual else after_ntd
-        widened = self._mlp(self._norm("before", "mlp_norm", read_ntd), context)
+        # Cohere normalizes this input once, for both.
+        normed_ntd = normed_ntd if config.shared_norm else self._norm("before", "mlp_norm", read_ntd)
+        widened = self._mlp(normed_ntd, context)
         widened = self._norm("after", "mlp_post_norm", widened)
         return constrain_stream(after_ntd + scaled(widened, config.residual_scale)), kept
 

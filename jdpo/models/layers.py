@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from jdpo.models.model_config import Activation, ModelConfig, NormKind
+from jdpo.models.xielu import XIELU
 
 # As `initializer_range` of most families, for models that start from random weights.
 INIT_STDDEV = 0.02
@@ -122,6 +123,7 @@ class Norm(nn.Module):
     rms_wide    x / rms(x) times scale, then rounded: that of its OLMo 2
     rms_offset  x / rms(x) times (1 + scale), then rounded: that of its Gemma
     layer       (x - mean) / std times scale plus bias, then rounded: torch.nn.LayerNorm
+    layer_no_bias  the same without a bias: that of Cohere's models
 
     Attributes:
       axes: logical names of the axes normalized over, which are those of scale and bias.
@@ -141,7 +143,7 @@ class Norm(nn.Module):
         dims = tuple(range(-len(self.axes), 0))
         # In float32: in bfloat16 the mean of squares would lose most of its digits.
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if self.kind == "layer":
+        if self.kind in ("layer", "layer_no_bias"):
             # Centered first: E[x^2] - E[x]^2 would cancel.
             wide = wide - jnp.mean(wide, axis=dims, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.epsilon)
@@ -165,6 +167,7 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(nn.gelu, approximate=True),
     "relu": nn.relu,
 }
+"""Activations without parameters: all except xielu."""
 
 
 class MLP(nn.Module):
@@ -177,7 +180,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_ntd: jax.Array) -> jax.Array:
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
-        activation, bias = ACTIVATIONS[config.activation], config.mlp_bias
+        bias = config.mlp_bias
+        # The one activation that is not in the table has parameters.
+        activation = ACTIVATIONS.get(config.activation) or XIELU(self.param_dtype, name="xielu")
 
         def widen(name: str) -> jax.Array:
             shape, axes = (config.d_model, config.d_ff), ("embed", "mlp")

@@ -19,6 +19,7 @@ class RopeConfig:
     kind: RopeKind = "default"
     fraction: float = 1.0  # the part of each head that is rotated, from its start
     attention_factor: float = 1.0  # multiplies cosines and sines
+    interleaved: bool = False  # rotates pairs of neighbours (2i, 2i + 1), not (i, i + half)
     factor: float = 1.0  # linear, llama3, yarn
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -55,10 +56,10 @@ class LayerKind:
     mixer: Literal["attention", "delta"] = "attention"
 
 
-NormKind = Literal["rms", "rms_wide", "rms_offset", "layer"]
+NormKind = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_no_bias"]
 """The formula of a norm, see `jdpo.models.layers.Norm`."""
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "xielu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ class ModelConfig:
     norm: NormKind = "rms"
     norm_placement: Literal["before", "after", "both"] = "before"  # of attention and MLP, inside the residual branch
     parallel_residual: bool = False  # attention and MLP both read the layer's input
+    shared_norm: bool = False  # the MLP reads the normed input of attention and has no norm of its own
     residual_scale: float = 1.0  # factor of what a branch adds to the residual stream
 
     activation: Activation = "silu"

@@ -1,4 +1,4 @@
-"""Rotary position embedding, in the half-split layout of Hugging Face checkpoints.
+"""Rotary position embedding, in the half-split layout of most Hugging Face checkpoints or in the interleaved one.
 
 Axes: n sequences, t positions, h heads, k head width.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jdpo.models.model_config import RopeConfig
 
 RopeTables = tuple[jax.Array, jax.Array]
-"""Cosines and sines, see `rope_tables`."""
+"""Cosines and sines [n, t, 1, rotated pairs], see `rope_tables`."""
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -65,13 +65,32 @@ def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype:
     return (cos, sin) if rope.attention_factor == 1.0 else (cos * rope.attention_factor, sin * rope.attention_factor)
 
 
-def apply_rope(x_nthk: jax.Array, tables: RopeTables) -> jax.Array:
-    """Rotates pairs (i, i + r/2) of the first r elements of each head; the rest is unchanged."""
+def apply_rope(x_nthk: jax.Array, tables: RopeTables, *, interleaved: bool = False) -> jax.Array:
+    """Rotates pairs (i, i + r/2) of the first r elements of each head; the rest is unchanged.
+
+    Args:
+      interleaved: True for pairs of neighbours, (2i, 2i + 1).
+    """
     cos, sin = tables
-    # Element i is paired with i + r/2, not with i + 1 as in the paper: Hugging Face permutes weights accordingly.
     num_pairs = cos.shape[-1]
     wide = x_nthk.astype(cos.dtype)
+    if interleaved:
+        return _rotate_neighbours(wide, cos, sin).astype(x_nthk.dtype)
+    # Element i is paired with i + r/2, not with i + 1 as in the paper: most of Hugging Face's weights are permuted
+    # accordingly.
     first, second, rest = wide[..., :num_pairs], wide[..., num_pairs : 2 * num_pairs], wide[..., 2 * num_pairs :]
     # A family with partial rotation leaves the end of each head as it is.
     rotated = [first * cos - second * sin, second * cos + first * sin, *([rest] if rest.shape[-1] else [])]
     return jnp.concatenate(rotated, axis=-1).astype(x_nthk.dtype)
+
+
+def _rotate_neighbours(wide_nthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates pairs (2i, 2i + 1), the layout of the paper (RoFormer, arXiv 2104.09864)."""
+    num_dims = 2 * cos.shape[-1]
+    turned, rest = wide_nthk[..., :num_dims], wide_nthk[..., num_dims:]
+    # Neighbours are exchanged by shifts of the whole head; pairs as an axis of length two would fill 2 of 128 lanes of
+    # a TPU's registers.
+    is_first = np.arange(num_dims) % 2 == 0
+    partner = jnp.where(is_first, -jnp.roll(turned, -1, -1), jnp.roll(turned, 1, -1))
+    rotated = turned * jnp.repeat(cos, 2, -1) + partner * jnp.repeat(sin, 2, -1)
+    return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated

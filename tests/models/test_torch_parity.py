@@ -97,7 +97,11 @@ def test_logits_gradients_and_tensors_equal_those_of_torch(case: Case) -> None:
     # A bias of keys shifts all scores of a query alike if no rotation follows: its gradient is 0 except for rounding.
     least = 1e-3 * np.sqrt(sum(np.linalg.norm(values) ** 2 for values in expected_grads.values()))
     compared = 0
+    constants = dict(case.reference.named_buffers())
     for name, values in hf_arrays(grads, case.model.config):
+        if name in constants:  # tensors of the file that torch does not train
+            assert not values.any(), name
+            continue
         error = np.linalg.norm(values - expected_grads[name]) / max(np.linalg.norm(expected_grads[name]), least)
         assert error < 1e-4, (name, error)
         compared += 1

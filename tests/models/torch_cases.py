@@ -91,6 +91,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("GPT2", {"n_inner": 20, "scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "relu"}),
     ("GPTNeoX", {"rotary_pct": 0.5}),
     ("GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False}),
+    ("Cohere2", {"sliding_window": 3, "num_hidden_layers": 3, "sliding_window_pattern": 2, "logit_scale": 1.5}),
+    ("Cohere2", {"sliding_window": 4, "num_hidden_layers": 5, "attention_bias": True, "logit_scale": 0.7}),
+    ("Apertus", {"rope_parameters": LLAMA3}),
+    ("Apertus", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("Apertus", {"hidden_act": "relu"}),
+    ("Ernie4_5", {}),
+    ("Ernie4_5", {"use_bias": True, "rope_parameters": YARN, "tie_word_embeddings": False, "head_dim": 8}),
 ]
 CASE_NAMES = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
 
@@ -145,7 +152,7 @@ def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
     own_class = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix.removesuffix('Text')}ForCausalLM"
     model = getattr(transformers, own_class)(config).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name or name.endswith("bias"):
+        if "norm" in name or "ln_" in name or name.endswith("bias") or "alpha_" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.models.families.config_readers import gemma, gpt, llama, mixtral, qwen
+from jdpo.models.families.config_readers import cohere, gemma, gpt, llama, mixtral, qwen
 from jdpo.models.families.config_readers.towers import reader_of_text
 from jdpo.models.families.layouts import Layout
 from jdpo.models.families.layouts.expert_names import MIXTRAL, QWEN3_MOE
 from jdpo.models.families.layouts.gpt_names import GPT2, GPT_NEOX
-from jdpo.models.families.layouts.llama_names import GEMMA2, LLAMA, OLMO2, PHI3
+from jdpo.models.families.layouts.llama_names import APERTUS, GEMMA2, LLAMA, OLMO2, PHI3
 from jdpo.models.families.layouts.tower_names import in_tower
 from jdpo.models.model_config import ModelConfig
 
@@ -40,6 +40,9 @@ def tower(**texts: Family) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "apertus": Family(llama.apertus, APERTUS),
+    "cohere2": Family(cohere.cohere2, LLAMA),
+    "ernie4_5": Family(llama.ernie4_5, LLAMA),
     "gemma": Family(gemma.gemma, LLAMA),
     "gemma2": Family(gemma.gemma2, GEMMA2),
     "gemma3": tower(gemma3_text=Family(gemma.gemma3_text, GEMMA2)),

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from jdpo.config.groups import OptimizationSettings
+from jdpo.models.xielu import XIELU_PARAMETERS
 from jdpo.training.step.offload import weight_by_weight
 from jdpo.training.step.rounding import store, wide
 from jdpo.words import figure
 
-UNDECAYED = ("scale", "bias", "sinks")
-"""Last names of the weights without weight decay: norm scales, biases and attention sinks."""
+UNDECAYED = ("scale", "bias", "sinks", *XIELU_PARAMETERS)
+"""Last names of the weights without weight decay: norm scales, biases, attention sinks, and parameters of xIELU."""
 
 
 def num_warmup_steps(settings: OptimizationSettings, num_steps: int) -> int:
@@ -56,7 +57,7 @@ def learning_rate_schedule(settings: OptimizationSettings, num_steps: int) -> op
 
 
 def decay_mask(params: Any) -> Any:
-    """Returns True for the weights that decay: all except norm scales, biases and attention sinks."""
+    """Returns True for the weights that decay: all except those of `UNDECAYED`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 

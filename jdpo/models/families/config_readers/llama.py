@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jdpo.models.families.config_readers.numbers_above_zero import above_zero
@@ -69,3 +70,29 @@ def olmo2(hf_config: Any) -> ModelConfig:
 def phi3(hf_config: Any) -> ModelConfig:
     layers = same_layers(hf_config, window=hf_config.sliding_window, partial=True)
     return decoder(hf_config, layers=layers, activation=activation_of(hf_config))
+
+
+def apertus(hf_config: Any) -> ModelConfig:
+    bias, is_own = bool(hf_config.attention_bias), hf_config.hidden_act == "xielu"
+    return decoder(
+        hf_config,
+        layers=same_layers(hf_config),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="head",
+        activation="xielu" if is_own else activation_of(hf_config),
+        gated_mlp=False,
+    )
+
+
+def ernie4_5(hf_config: Any) -> ModelConfig:
+    bias = bool(hf_config.use_bias)
+    rope = replace(rope_of(hf_config), interleaved=True)
+    return decoder(
+        hf_config,
+        layers=(LayerKind(rope=rope),) * hf_config.num_hidden_layers,
+        activation=activation_of(hf_config),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bias,
+    )

@@ -74,4 +74,15 @@ GEMMA2 = LLAMA._replace(
     )
 )
 OLMO2 = LLAMA._replace(layer=(*_ATTENTION, *_WIDTH_NORMS, *_OUTPUT, _ATTENTION_AFTER, *_MLP, *_DOWN, _MLP_AFTER))
+# Apertus has two names of its own for the norms, no gate, and an activation with parameters.
+APERTUS = LLAMA._replace(
+    layer=(
+        *(llama_rule("attention_layernorm.weight", "attention_norm.scale", "d -> d"), *_ATTENTION, *_HEAD_NORMS),
+        *(*_OUTPUT, llama_rule("feedforward_layernorm.weight", "mlp_norm.scale", "d -> d"), *_MLP, *_DOWN),
+        llama_rule("mlp.act_fn.alpha_p", "mlp.xielu.alpha_p", "r -> r"),
+        llama_rule("mlp.act_fn.alpha_n", "mlp.xielu.alpha_n", "r -> r"),
+        llama_rule("mlp.act_fn.beta", "mlp.xielu.beta", "->"),
+        llama_rule("mlp.act_fn.eps", "mlp.xielu.eps", "->"),
+    )
+)
 PHI3 = LLAMA._replace(layer=(_ATTENTION_BEFORE, *_FUSED_ATTENTION, *_OUTPUT, _MLP_BEFORE, *_FUSED_MLP, *_DOWN))

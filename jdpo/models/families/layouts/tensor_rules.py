@@ -4,7 +4,7 @@ A layout lists every parameter that its families may have; `parameters_of` omits
 
 Axes of the patterns, for which see `jdpo.models.weights.strided_views`: d model, h query heads, g key/value heads,
 k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, s width of the shared expert,
-r=1 the reward, or the score of the shared expert; of a DeltaNet q key heads, m value heads of each key head, y key
+r=1 the reward, the score of the shared expert or a number of xIELU; of a DeltaNet q key heads, m value heads of each key head, y key
 width, z value width, w taps of the convolution.
 """
 
@@ -110,6 +110,10 @@ def _has(config: ModelConfig, path: Path) -> bool:
             return config.gated_mlp and (name != "bias" or config.mlp_bias)
         case ("mlp", _, "bias"):
             return config.mlp_bias
+        case ("mlp", "xielu", _):
+            return config.activation == "xielu"
+        case ("mlp_norm", _):
+            return not config.shared_norm
         case ("final_norm", "bias"):
             return config.norm == "layer"
     return True

@@ -20,6 +20,7 @@ from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.models.weights.embedding_rows import started_rows
 from jdpo.models.weights.loading import load_params
 from jdpo.models.weights.resize import resize_embeddings
+from tests.golden_models import golden_models
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
@@ -73,7 +74,7 @@ def assert_same_tensors(left: dict[str, np.ndarray], right: dict[str, np.ndarray
         np.testing.assert_array_equal(values, right[name], err_msg=name)
 
 
-@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
+@pytest.mark.parametrize("case", golden_models())
 def test_untouched_params_come_back_bitwise_in_their_dtype(export: Callable[..., Path], case: str) -> None:
     out = export(case)
     assert_same_tensors(load_file(out / "model.safetensors"), load_file(GOLDEN / case / "model.safetensors"))

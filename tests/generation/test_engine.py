@@ -20,14 +20,11 @@ from jdpo.models.weights.loading import load_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import param_shardings
 from tests.conftest import small_llama
+from tests.golden_models import golden_models
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 SHORT = ("qwen3",)
 """In the default suite; tests/models/test_decoding.py compares the logits of more."""
-FAMILIES = [
-    pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
-    for name in sorted(path.name for path in GOLDEN.iterdir())
-]
 PROMPTS = [[3, 14, 15, 9, 26, 5], [35], [8, 9, 7, 9, 3, 2, 38, 4, 6, 2, 6, 4, 33, 8, 3, 27, 9, 5, 0, 28]]
 NEW_TOKENS = 8
 ENDS = (4, 6, 9, 15, 23)
@@ -75,7 +72,7 @@ def by_full_forward(loaded: Loaded) -> list[list[int]]:
     return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, PROMPTS, strict=True)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", golden_models(short=SHORT))
 def test_greedy_equals_the_argmax_of_the_full_forward(name: str) -> None:
     loaded = load(name)
     expected = by_full_forward(loaded)

@@ -27,6 +27,9 @@ SIZES = {
 }
 OLD_SIZES = {"n_embd": 48, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 OWN: dict[str, dict[str, Any]] = {
+    "apertus": {"architectures": ["ApertusForCausalLM"]},
+    "cohere2": {"architectures": ["Cohere2ForCausalLM"], "sliding_window": 16, "logit_scale": 1.0, "pad_token_id": 0},
+    "ernie4_5": {"architectures": ["Ernie4_5ForCausalLM"], "pad_token_id": 0},
     "gemma": {"architectures": ["GemmaForCausalLM"]},
     "gemma2": {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 16, "query_pre_attn_scalar": 12},
     "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 16, "sliding_window_pattern": 2},

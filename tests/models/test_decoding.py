@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +14,11 @@ from jdpo.models.attention import LayerCache
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, make_apply_fn, unroll
 from jdpo.models.weights.loading import load_params
+from tests.golden_models import GOLDEN_MODELS, golden_models
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
-SHORT = ("gemma2", "gpt2", "mixtral", "smollm3")
-"""In the default suite: soft caps, windows and post-norms, learned positions, experts, layers without rope."""
-FAMILIES = [
-    pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
-    for name in sorted(path.name for path in GOLDEN.iterdir())
-]
+SHORT = ("cohere2", "gemma2", "gpt2", "mixtral")
+"""In the default suite: interleaved rotation and layers without rope, soft caps, windows and post-norms, learned
+positions, experts."""
 LENGTHS = np.array([7, 2, 4])
 NUM_ROWS, NUM_TOKENS = 2, 6
 
@@ -33,11 +29,11 @@ def float64() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", golden_models(short=SHORT))
 def test_decoding_equals_the_forward_pass(name: str) -> None:
-    config = read_model_config(GOLDEN / name)
+    config = read_model_config(GOLDEN_MODELS / name)
     model = Transformer(config, compute_dtype=jnp.float64, param_dtype=jnp.float64)
-    params = load_params(GOLDEN / name, model, dtype=jnp.float64)
+    params = load_params(GOLDEN_MODELS / name, model, dtype=jnp.float64)
     rng, shape = np.random.default_rng(0), (len(LENGTHS), NUM_ROWS)
     prompts = rng.integers(0, config.vocab_size, (len(LENGTHS), 8))
     answers = jnp.asarray(rng.integers(0, config.vocab_size, (*shape, NUM_TOKENS)))

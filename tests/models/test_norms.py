@@ -15,6 +15,7 @@ CLASSES = {
     "rms": ("llama", "LlamaRMSNorm"),
     "rms_wide": ("olmo2", "Olmo2RMSNorm"),
     "rms_offset": ("gemma2", "Gemma2RMSNorm"),
+    "layer_no_bias": ("cohere2", "Cohere2LayerNorm"),
 }
 
 
@@ -30,6 +31,7 @@ def test_by_hand() -> None:
         np.testing.assert_allclose(run(kind, x, scale), [[3 * unit, 8 * unit]], rtol=1e-6)
     np.testing.assert_allclose(run("rms_offset", x, scale), [[6 * unit, 12 * unit]], rtol=1e-6)
     np.testing.assert_allclose(run("layer", x, scale, jnp.array([0.5, 0.0])), [[-0.5, 2.0]], rtol=1e-5)
+    np.testing.assert_allclose(run("layer_no_bias", x, scale), [[-1.0, 2.0]], rtol=1e-5)
 
 
 def test_a_norm_over_two_axes_is_that_of_both_together() -> None:
@@ -38,11 +40,11 @@ def test_a_norm_over_two_axes_is_that_of_both_together() -> None:
     np.testing.assert_allclose(run("rms", x, scale, axes=("heads", "head_dim")), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "value"), [("rms", 1.0), ("rms_wide", 1.0), ("rms_offset", 0.0), ("layer", 1.0)])
-def test_a_fresh_norm_scales_by_one(kind: Any, value: float) -> None:
+@pytest.mark.parametrize("kind", [*CLASSES, "layer"])
+def test_a_fresh_norm_scales_by_one(kind: Any) -> None:
     made = Norm(kind, 1e-6, ("norm",), jnp.float32).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     assert {name: leaf.value.tolist() for name, leaf in made.items()} == {
-        "scale": [value] * 3,
+        "scale": [0.0 if kind == "rms_offset" else 1.0] * 3,
         **({"bias": [0.0] * 3} if kind == "layer" else {}),
     }
 

@@ -24,6 +24,7 @@ from jdpo.models.transformer import (
 )
 from jdpo.models.weights.loading import load_params
 from jdpo.types import Routed
+from tests.golden_models import golden_models
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 RULES = (("batch", "data"), ("act_heads", "tensor"), ("act_mlp", "tensor"), ("act_vocab", "tensor"))
@@ -94,7 +95,7 @@ def mean_square(model: Transformer, params: Any, tokens: Any, mask: Any) -> jax.
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
+@pytest.mark.parametrize("case", golden_models())
 def test_logits_equal_those_of_transformers(case: str) -> None:
     expected = np.load(GOLDEN / case / "expected.npz")
     model = Transformer(read_model_config(GOLDEN / case))

@@ -98,7 +98,7 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("gemma7", {}, "model_type 'gemma7' is not supported; supported are gemma, gemma2, gemma3, gemma3_text, "),
+        ("gemma7", {}, "model_type 'gemma7' is not supported; supported are "),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not supported; supported are silu, "),
         ("gemma2", {"hidden_activation": "gelu_fast"}, "hidden_activation: 'gelu_fast' is not supported"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function: 'tanh' is not supported"),
@@ -221,6 +221,14 @@ def test_ropes_and_windows_of_gemma3_and_smollm3_by_layer(tmp_path: Path) -> Non
     assert [(kind.window, kind.rope) for kind in config.layers] == [(8, near), (None, far)] * 2
     config = read_model_config(write(tmp_path, "smollm3", no_rope_layer_interval=2, pad_token_id=0))
     assert [kind.rope is None for kind in config.layers] == [False, True] * 2
+
+
+def test_config_of_cohere2(tmp_path: Path) -> None:
+    config = read_model_config(write(tmp_path, "cohere2", sliding_window=8, pad_token_id=0, logit_scale=0.25))
+    rope = RopeConfig(theta=1e4, interleaved=True)
+    assert [(kind.window, kind.rope) for kind in config.layers] == [(8, rope)] * 3 + [(None, None)]
+    assert (config.norm, config.parallel_residual, config.shared_norm) == ("layer_no_bias", True, True)
+    assert (config.logit_scale, config.tie_embeddings, config.norm_eps) == (0.25, True, 1e-5)
 
 
 def test_missing_folder_missing_file_and_broken_json(tmp_path: Path) -> None:

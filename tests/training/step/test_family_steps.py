@@ -26,8 +26,9 @@ from jdpo.training.step.train_step import loss_and_grads
 from tests.training.step.test_packed_logps import MOST, assert_equal_steps, on_mesh, packed, places_of, random_pairs
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "logits"
-SHORT = ("gemma2", "gpt2", "gpt_neox", "smollm3")
-"""In the default suite: soft caps and post-norms, learned positions, parallel branches, layers without rope."""
+SHORT = ("apertus", "cohere2", "gemma2", "gpt2")
+"""In the default suite: an activation with parameters; interleaved rotation, layers without rope, parallel branches
+with one norm; soft caps and post-norms; learned positions."""
 FAMILIES = [
     pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
     for name in sorted(path.name for path in GOLDEN.iterdir() if read_model_config(path).moe is None)

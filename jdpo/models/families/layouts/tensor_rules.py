@@ -4,8 +4,8 @@ A layout lists every parameter that its families may have; `parameters_of` omits
 
 Axes of the patterns, for which see `jdpo.models.weights.strided_views`: d model, h query heads, g key/value heads,
 k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, s width of the shared expert,
-r=1 the reward, the score of the shared expert or a number of xIELU; of a DeltaNet q key heads, m value heads of each key head, y key
-width, z value width, w taps of the convolution.
+r=1 the reward, the score of the shared expert, or a number of xIELU; of a DeltaNet q key heads, m value heads of each
+key head, y key width, z value width, w taps of the convolution.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class WatchdogConfig(Settings):
 
 @settings
 class OptimizerConfig(Settings):
-    """The optimizer; a bare string in `optimizer` is its `name`. Norm scales, biases and attention sinks do not decay.
+    """The optimizer; a bare string in `optimizer` is its `name`. Norm scales, biases, sinks and xIELU do not decay.
 
     A key that is None takes the value of RULE_DEFAULTS; a key that the optimizer does not use is refused.
 

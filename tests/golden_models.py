@@ -10,7 +10,7 @@ import pytest
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "logits"
 
-LIKE_ANOTHER = ("ernie4_5",)
+LIKE_ANOTHER = ("ernie4_5", "gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
 """Families whose mechanisms other folders show; the default suite leaves them out."""
 
 

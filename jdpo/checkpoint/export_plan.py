@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jdpo.models.model_config import ModelConfig
-from jdpo.models.weights.folder_names import by_model_name, carried, model_names
+from jdpo.models.weights.folder_names import by_model_name, carried, is_carried, model_names
 from jdpo.models.weights.hf_names import hf_tensors, layout_of
 from jdpo.models.weights.safetensors_folder import DTYPES, SINGLE_NAME, TensorEntry, tensor_entries
 
@@ -63,25 +63,41 @@ def plan_export(config: ModelConfig, source_folder: Path, export_dtype: str) -> 
     if export_dtype != "source" and export_dtype not in _DTYPES:
         raise ValueError(f"export_dtype: expected source, {', '.join(_DTYPES)}, found {export_dtype!r}")
     entries = tensor_entries(source_folder)
-    others = carried(entries, config)
+    dtypes, main_dtype = _dtypes(config, entries, export_dtype)
     # A model that was saved without its head gets the prefix of one that has it; other spellings are kept.
     kept = model_names(entries, config) if layout_of(config).spellings else {}
     in_file = {own: name for name, own in kept.items()}
-    found = {
-        name: DTYPES[entry.dtype]
-        for name, entry in by_model_name(entries, config).items()
-        if name not in others and entry.dtype in DTYPES
-    }
-    # For tensors that the source lacks, such as the head of a model that was saved without it.
-    main_dtype = _DTYPES[export_dtype] if export_dtype in _DTYPES else Counter(found.values()).most_common(1)[0][0]
     tensors = {}
     for name, pieces in hf_tensors(config).items():
-        dtype, shape = found.get(name, main_dtype) if export_dtype == "source" else main_dtype, pieces[0].hf_shape
+        dtype, shape = dtypes[name], pieces[0].hf_shape
         num_bytes = math.prod(shape) * dtype.itemsize
         tensors[in_file.get(name, name)] = FileTensor(shape, _DTYPE_NAMES[dtype], num_bytes, name)
+    others = carried(entries, config)
     for name, entry in others.items():
         tensors[name] = FileTensor(entry.shape, entry.dtype, entry.num_bytes, None)
     return ExportPlan(tensors, others, main_dtype)
+
+
+def export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> list[np.dtype]:
+    """Returns the dtypes in which an export has the tensors of the model, without those that are carried."""
+    return list(_dtypes(config, tensor_entries(source_folder), export_dtype)[0].values())
+
+
+def _dtypes(
+    config: ModelConfig, entries: dict[str, TensorEntry], export_dtype: str
+) -> tuple[dict[str, np.dtype], np.dtype]:
+    """Returns the dtype of every tensor of the model, and the one for config.json."""
+    names = hf_tensors(config)
+    if export_dtype in _DTYPES:
+        return dict.fromkeys(names, _DTYPES[export_dtype]), _DTYPES[export_dtype]
+    source = {
+        name: DTYPES[entry.dtype]
+        for name, entry in by_model_name(entries, config).items()
+        if entry.dtype in DTYPES and not is_carried(name, config)
+    }
+    # For tensors that the source lacks, such as the head of a model that was saved without it.
+    most_common = Counter(source.values()).most_common(1)[0][0]
+    return {name: source.get(name, most_common) for name in names}, most_common
 
 
 class ShardFile(NamedTuple):

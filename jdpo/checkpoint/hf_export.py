@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
 from jdpo.processes import run_jointly
 
+_PROCESSORS = "*processor_config.json"  # preprocessor_config.json and video_preprocessor_config.json among them
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -37,6 +39,9 @@ def export_model(
 ) -> None:
     """Writes `out`: safetensors, config.json, tokenizer with chat template, generation_config.json, README.md.
 
+    Of a multimodal model `out` is the whole: tensors other than the text part's, and settings of its processor, are
+    copied from source_folder as they are.
+
     The folder appears as a whole or not at all: it is written next to `out` and renamed; an older export is replaced.
     Every process must call this, on a shared file system: the processes take turns with the weight files, and process 0
     writes the rest. If one process fails, all raise and `out` is unchanged.
@@ -48,6 +53,7 @@ def export_model(
       tokenizer_folder: the folder that the tokenizer was loaded from, see `write_tokenizer`.
       end_token_ids: tokens that end a completion in addition to the tokenizer's EOS: the chat template's end of turn.
       export_dtype: "source" gives each tensor its dtype in source_folder, and a new tensor the most common dtype there.
+        Carried tensors keep theirs.
       max_shard_size: files are split at this size, e.g. "5GB" (decimal units).
       model_card: the text of README.md; None writes no README.md.
       kept: folders besides source_folder that `out` must not touch, such as checkpoints.
@@ -68,6 +74,9 @@ def export_model(
         _check_arrived(staging, shards)
         _write_configs(config, source_folder, staging, tokenizer, end_token_ids, plan.main_dtype)
         write_tokenizer(staging, tokenizer, tokenizer_folder)
+        # How a multimodal model takes images; of a model of text alone there are none.
+        for path in source_folder.glob(_PROCESSORS):
+            shutil.copyfile(path, staging / path.name)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
 

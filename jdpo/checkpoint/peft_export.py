@@ -26,6 +26,7 @@ def export_adapter(
     sites: Sequence[Site],
     base_name: str,
     base_revision: str | None,
+    is_part: bool = False,
     tokenizer: Any,
     tokenizer_folder: Path | None = None,
     model_card: str | None = None,
@@ -42,6 +43,7 @@ def export_adapter(
       sites: all sites of the model.
       base_name: path or hub id at which a loader finds the base model.
       base_revision: hub revision of the base model, if it has one.
+      is_part: True if the base has other parts, see `peft_config`.
       tokenizer: a transformers PreTrainedTokenizerBase with its chat_template set.
       tokenizer_folder: the folder that the tokenizer was loaded from, see `write_tokenizer`.
       model_card: the text of README.md; None writes no README.md.
@@ -60,7 +62,7 @@ def export_adapter(
             if not np.isfinite(values.astype(np.float32)).all():
                 raise ValueError(f"tensor {name} holds NaN or Inf: this adapter is not exported")
         (staging / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-        write_json(staging / CONFIG_NAME, peft_config(lora, sites, base_name, base_revision))
+        write_json(staging / CONFIG_NAME, peft_config(lora, sites, base_name, base_revision, is_part=is_part))
         write_tokenizer(staging, tokenizer, tokenizer_folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")

@@ -14,8 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from jdpo.data.tokens.tokenizer_files import read_tokenizer
 from jdpo.json_files import read_json, write_json
-from jdpo.quiet_transformers import be_quiet
 
 CONFIG_NAME, SPECIAL_NAME = "tokenizer_config.json", "special_tokens_map.json"
 
@@ -82,12 +82,9 @@ def is_tokenizer_file(name: str) -> bool:
 
 def _loaded(source: Path) -> Any:
     """Loads the source's tokenizer without the run's changes. Returns None if it cannot be loaded any more."""
-    be_quiet()
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    except Exception:  # broken files make transformers and tokenizers raise errors of many kinds
+        return read_tokenizer(source)
+    except ValueError:
         return None
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jdpo._version import __version__
+from jdpo.checkpoint.export_plan import export_dtypes
 from jdpo.checkpoint.hf_export import export_model
 from jdpo.checkpoint.hub_push import push_folder
 from jdpo.checkpoint.manager import CheckpointManager
@@ -17,7 +18,7 @@ from jdpo.config import ReferenceSettings, to_public_dict, to_public_yaml, witho
 from jdpo.data.sources import is_on_hub
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.merge import merge
-from jdpo.models.weights.safetensors_folder import source_dtypes
+from jdpo.models.weights.hf_names import layout_of
 from jdpo.processes import agree_on, is_first, run_jointly
 from jdpo.reports.cards.model_card import CODE_ENDS, CardFacts, model_card
 from jdpo.reports.findings import Finding, Status, finding_lines
@@ -185,6 +186,7 @@ def export_trained(
             sites=adaptation.sites,
             base_name=setup.base_to_find,
             base_revision=setup.sources.revision,
+            is_part=layout_of(setup.model.config).is_part,
             tokenizer=setup.tokenizer.hf,
             tokenizer_folder=setup.sources.tokenizer_folder,
             model_card=card,
@@ -228,8 +230,8 @@ def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
     rest = adaptation.base_dtype.rest
     dtype = jnp.promote_types(rest, jnp.float32)
     if rest == jnp.bfloat16:
-        exported = set(source_dtypes(setup.model_folder).values()) if export_dtype == "source" else {export_dtype}
-        dtype = rest if {jnp.dtype(each) for each in exported} == {rest} else dtype
+        exported = export_dtypes(setup.model.config, setup.model_folder, export_dtype)
+        dtype = rest if set(exported) == {rest} else dtype
     lora, sites, shardings = adaptation.lora, adaptation.sites, setup.whole_shardings
     return merge(lora, base, adapters, sites=sites, dtype=dtype, shardings=shardings, gives_up=True)
 

@@ -98,6 +98,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Apertus", {"hidden_act": "relu"}),
     ("Ernie4_5", {}),
     ("Ernie4_5", {"use_bias": True, "rope_parameters": YARN, "tie_word_embeddings": False, "head_dim": 8}),
+    ("Gemma3", {"sliding_window": 3, "num_hidden_layers": 4, "sliding_window_pattern": 2}),
+    ("Gemma3", {"rope_parameters": TWO_ROPES, "final_logit_softcapping": 4.0, **MIXED, "tie_word_embeddings": False}),
+    ("Mistral3", {"sliding_window": None, "tie_word_embeddings": False}),
+    ("Mistral3", {"sliding_window": 4, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    ("Qwen2_5_VL", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    ("Qwen2_5_VL", {"rope_parameters": YARN, "tie_word_embeddings": True, **MIXED}),
+    ("Qwen3VL", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True}}),
+    ("Qwen3VL", {"rope_parameters": YARN, "tie_word_embeddings": True, "attention_bias": True}),
 ]
 CASE_NAMES = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
 
@@ -138,6 +146,49 @@ def renamed(prefix: str, shape: dict[str, Any]) -> dict[str, Any]:
     return shape
 
 
+IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 20, 21, 22, 23
+_SIGHT = {"hidden_size": 8, "intermediate_size": 12, "patch_size": 4, "initializer_range": 0.3}
+_LIKE_SIGLIP = {**_SIGHT, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+_LIKE_QWEN = {**_SIGHT, "depth": 2, "num_heads": 2}
+SIGHT: dict[str, dict[str, Any]] = {
+    "Gemma3": {**_LIKE_SIGLIP, "vision_use_head": False},
+    "Mistral3": {**_LIKE_SIGLIP, "head_dim": 4},
+    "Qwen2_5_VL": {**_LIKE_QWEN, "fullatt_block_indexes": [1], "window_size": 16},
+    "Qwen3VL": {**_LIKE_QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+}
+"""vision_config of multimodal models."""
+
+
+def tower_settings(prefix: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a multimodal model whose text part has a shape."""
+    text, vision = dict(shape), dict(SIGHT[prefix])
+    own: dict[str, Any] = {"tie_word_embeddings": text.pop("tie_word_embeddings", prefix == "Gemma3")}
+    if prefix.startswith("Qwen"):
+        pairs = text["head_dim"] // 2
+        # The three parts of the rope, of different sizes.
+        text["rope_parameters"] = {
+            **text["rope_parameters"],
+            "mrope_section": [pairs - pairs // 3 * 2, *[pairs // 3] * 2],
+        }
+        vision["out_hidden_size"] = text["hidden_size"]
+        own |= {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
+        own |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    else:
+        own |= {"image_token_index": IMAGE_TOKEN}
+    if prefix == "Gemma3":
+        own |= {
+            "initializer_range": 0.3,
+            "mm_tokens_per_image": 4,
+            "boi_token_index": VISION_START,
+            "eoi_token_index": VISION_END,
+        }
+    if prefix == "Mistral3":
+        text["model_type"] = "mistral"
+    if prefix == "Qwen2_5_VL":
+        del text["head_dim"]  # which this family lacks
+    return {"text_config": text, "vision_config": vision, **own}
+
+
 def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
     """Makes a float32 torch model whose norms and biases differ from 1 and 0."""
     import torch
@@ -147,9 +198,11 @@ def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
     shape = {**random_shape(np.random.default_rng(seed)), **settings}
     if "head_dim" in settings:
         shape["hidden_size"] = shape["head_dim"] * shape["num_attention_heads"]
-    config = getattr(transformers, f"{prefix}Config")(**renamed(prefix, shape))
+    own = tower_settings(prefix, shape) if prefix in SIGHT else renamed(prefix, shape)
+    config = getattr(transformers, f"{prefix}Config")(**own)
     config._attn_implementation = "eager"  # the implementation that caps scores
     own_class = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix.removesuffix('Text')}ForCausalLM"
+    own_class = f"{prefix}ForConditionalGeneration" if prefix in SIGHT else own_class
     model = getattr(transformers, own_class)(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name or name.endswith("bias") or "alpha_" in name:

@@ -28,10 +28,10 @@ SYSTEM_ELSEWHERE = "system column is not the system turn of the conversation"
 
 STARTS_WITH_ANSWER = "whose conversation starts with an assistant turn, as nothing was taken as its prompt"
 
-UNREAD = {
-    "images": "jdpo trains on text alone",
-    "image": "jdpo trains on text alone",
-}
+UNREAD = dict.fromkeys(
+    ("images", "image", "videos", "video", "audios", "audio"),
+    "jdpo trains on text alone, also of a multimodal model",
+)
 """Column that other trainers read and that changes what is learnt -> why a row with it is refused."""
 
 

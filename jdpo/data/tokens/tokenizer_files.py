@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdpo.json_files import read_json
 from jdpo.quiet_transformers import be_quiet
 from jdpo.safe_text import terminal
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILT_IN_TEMPLATE = "chatml"
+
+_OF_PROCESSOR = "chat_template.json"
 
 PROBE_TEXTS = (
     "Hello, world!",
@@ -68,6 +71,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: no usable tokenizer in this folder; expected tokenizer.json and tokenizer_config.json "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
+    if not hf.chat_template and (folder / _OF_PROCESSOR).is_file():
+        # Of a multimodal model: transformers reads this file for its processor, but not for its tokenizer.
+        hf.chat_template = read_json(folder / _OF_PROCESSOR).get("chat_template")
     return hf
 
 

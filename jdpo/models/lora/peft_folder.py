@@ -235,13 +235,16 @@ def peft_tensors(lora: Lora, adapters: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def peft_config(lora: Lora, sites: Sequence[Site], base_name: str, revision: str | None) -> dict[str, Any]:
+def peft_config(
+    lora: Lora, sites: Sequence[Site], base_name: str, revision: str | None, *, is_part: bool = False
+) -> dict[str, Any]:
     """Returns the content of adapter_config.json.
 
     Args:
       sites: all sites of the model, so that names can be made unambiguous.
       base_name: name of the base model.
       revision: hub revision of the base model, if it has one.
+      is_part: True if the base has other parts, whose modules may have the same last names.
     """
     alpha, use_rslora = lora.alpha, lora.use_rslora
     if use_rslora and any(EXPERT_AXIS in site.lead_axes for site in lora.sites):
@@ -257,7 +260,7 @@ def peft_config(lora: Lora, sites: Sequence[Site], base_name: str, revision: str
         "r": lora.r,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
-        "target_modules": target_names(lora, sites),
+        "target_modules": target_expression(lora) if is_part else target_names(lora, sites),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(site.fan_in_first for site in lora.sites),
@@ -277,6 +280,13 @@ def target_names(lora: Lora, sites: Sequence[Site]) -> list[str]:
     taken = {last_name(site) for site in left_out}
     names = (last_name(site) if last_name(site) not in taken else _within_layer(site) for site in lora.sites)
     return sorted(set(names))
+
+
+def target_expression(lora: Lora) -> str:
+    """Returns an expression that matches the whole names of the adapted modules, and no others."""
+    # The numbers of layers and experts, all of which are adapted, become one place.
+    names = {re.sub(r"\.\d+\.", ".#.", module.name) for site in lora.sites for module in site.modules}
+    return "|".join(re.escape(name).replace(r"\#", r"\d+") for name in sorted(names))
 
 
 def _within_layer(site: Site) -> str:

@@ -277,7 +277,7 @@ def test_a_name_without_end_leaves_the_message_short(column: str) -> None:
         assert f"{column}999" in str(error.value)
 
 
-@pytest.mark.parametrize(("column", "value"), [("images", ["a.png"]), ("image", "a.png")])
+@pytest.mark.parametrize(("column", "value"), [("images", ["a.png"]), ("video", "a.mp4")])
 def test_a_column_that_would_change_what_is_learnt_is_refused(column: str, value: Any) -> None:
     raw = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for empty in ([], {}, None):

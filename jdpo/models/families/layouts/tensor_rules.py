@@ -66,6 +66,11 @@ class Layout(NamedTuple):
     carried: tuple[str, ...] = ()
 
     @property
+    def is_part(self) -> bool:
+        """True if folders hold more than this model: it is the text part of a multimodal one."""
+        return "" in self.carried
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         """All rules except the head's."""
         return (self.embedding, *self.first, *self.layer, *self.last)

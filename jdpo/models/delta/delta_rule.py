@@ -16,6 +16,7 @@ products (section 3.3); only the states at the starts of chunks are computed one
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -100,11 +101,11 @@ def gated_delta_rule(inputs: DeltaInputs, starts_nt: jax.Array, *, chunk: int = 
     @jax.checkpoint
     def advance(state: jax.Array, chunk: _Chunk) -> tuple[jax.Array, jax.Array]:
         read = state.astype(dtype)
-        written = chunk.values - _product("ngmik,ngmkv->ngmiv", chunk.readers, read, wide)
-        of_state = chunk.decay_in[..., None] * _product("ngik,ngmkv->ngmiv", chunk.query, read, wide)
-        output = of_state + _product("ngmij,ngmjv->ngmiv", chunk.scores, written.astype(dtype), wide)
+        written = chunk.values - _product("ngmik,ngmkv->ngmiv", chunk.readers, read)
+        of_state = chunk.decay_in[..., None] * _product("ngik,ngmkv->ngmiv", chunk.query, read)
+        output = of_state + _product("ngmij,ngmjv->ngmiv", chunk.scores, written.astype(dtype))
         left = (chunk.decay_out[..., None] * written).astype(dtype)
-        state = chunk.kept[..., None, None] * state + _product("ngjk,ngmjv->ngmkv", chunk.key, left, wide)
+        state = chunk.kept[..., None, None] * state + _product("ngjk,ngmjv->ngmkv", chunk.key, left)
         return state, output.astype(dtype)
 
     n, _, g, m, width = inputs.value.shape
@@ -127,7 +128,7 @@ def _chunks(inputs: DeltaInputs, starts_nt: jax.Array, size: int) -> _Chunk:
     )
     value = rearrange(value, "c n g j m v -> c n g m j v")
     log_decay, beta = (rearrange(x, "n (c i) g m -> c n g m i", i=size) for x in inputs[3:])
-    dtype, wide = value.dtype, log_decay.dtype
+    dtype = value.dtype
     starts = rearrange(starts_nt, "n (c i) -> c n 1 1 i", i=size)
     place = np.arange(starts_nt.shape[1]).reshape(-1, 1, 1, 1, size)
     # Token i sees token j of its own sequence, itself included; [c, n, 1, 1, i, j].
@@ -138,18 +139,16 @@ def _chunks(inputs: DeltaInputs, starts_nt: jax.Array, size: int) -> _Chunk:
     sees_start = starts < place[..., :1]
     decay_in = jnp.where(sees_start, jnp.exp(total), 0)
     is_last = starts == starts[..., -1:]
-    similar = _product("cngik,cngjk->cngij", key, key, wide)[:, :, :, None]
+    similar = _product("cngik,cngjk->cngij", key, key)[:, :, :, None]
     # Strictly lower: a token does not correct itself.
     lower = jnp.where(np.tri(size, k=-1, dtype=bool), beta[..., None] * decay * similar, 0)
     inverse = unit_lower_inverse(lower) * beta[..., None, :]
-    attended = _product("cngik,cngjk->cngij", query, key, wide)[:, :, :, None]
+    attended = _product("cngik,cngjk->cngij", query, key)[:, :, :, None]
     return _Chunk(
         query,
         key,
-        values=_product("cngmij,cngmjv->cngmiv", inverse.astype(dtype), value, wide),
-        readers=_product("cngmij,cngjk->cngmik", (inverse * decay_in[..., None, :]).astype(dtype), key, wide).astype(
-            dtype
-        ),
+        values=_product("cngmij,cngmjv->cngmiv", inverse.astype(dtype), value).astype(dtype),
+        readers=_product("cngmij,cngjk->cngmik", (inverse * decay_in[..., None, :]).astype(dtype), key).astype(dtype),
         scores=(attended * decay).astype(dtype),
         decay_in=decay_in,
         decay_out=jnp.exp(jnp.where(is_last, total[..., -1:] - total, -jnp.inf)),
@@ -157,8 +156,33 @@ def _chunks(inputs: DeltaInputs, starts_nt: jax.Array, size: int) -> _Chunk:
     )
 
 
-def _product(equation: str, left: jax.Array, right: jax.Array, wide: Any) -> jax.Array:
-    return jnp.einsum(equation, left, right, preferred_element_type=wide)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Computes `jnp.einsum(equation, left, right)`, summed and returned in float32 or wider.
+
+    JAX's own gradient would multiply the wide cotangent, in float32. Rounded first, it is multiplied in the operands'
+    dtype, as in kernels of attention.
+    """
+    return jnp.einsum(equation, left, right, preferred_element_type=state_dtype(left.dtype))
+
+
+def _product_forward(equation: str, left: jax.Array, right: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(equation, left, right), (left, right)
+
+
+def _product_backward(
+    equation: str, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    (left, right), (operands, result) = residuals, equation.split("->")
+    of_left, of_right = operands.split(",")
+    cotangent = cotangent.astype(left.dtype)
+    return (
+        _product(f"{result},{of_right}->{of_left}", cotangent, right).astype(left.dtype),
+        _product(f"{of_left},{result}->{of_right}", left, cotangent).astype(right.dtype),
+    )
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.models.attention import LayerCache
+from jdpo.generation.row_programs import empty_rows
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, make_apply_fn, unroll
 from jdpo.models.weights.loading import load_params
@@ -39,22 +39,16 @@ def test_decoding_equals_the_forward_pass(name: str) -> None:
     answers = jnp.asarray(rng.integers(0, config.vocab_size, (*shape, NUM_TOKENS)))
     # Rows begin one after the other, so that they are at different slots, and left-over slots hold other numbers.
     delays = np.array([[0, 3], [1, 0], [2, 2]])
-    prompt = rng.normal(size=(len(LENGTHS), config.num_kv_heads, 11, config.head_dim))
-    tail = rng.normal(size=(*shape, config.num_kv_heads, NUM_TOKENS, config.head_dim))
+    slots = {"prompt_slots": 11, "tail_slots": NUM_TOKENS}
+    rows = empty_rows(model=model, num_places=len(LENGTHS), num_rows=NUM_ROWS, **slots)
+    left_over = jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape)), rows.caches)
 
     @jax.jit
     def run(params: Any) -> Any:
         first, keys = model.apply({"params": params}, prompts, LENGTHS, method="prefill")
         kept = unroll(config, keys)["rest"]
-        caches = tuple(
-            LayerCache(
-                jnp.asarray(prompt).mT.at[..., :8].set(kept[f"layer_{i}"][0]),
-                jnp.asarray(prompt).at[:, :, :8].set(kept[f"layer_{i}"][1]),
-                jnp.asarray(tail).mT,
-                jnp.asarray(tail),
-            )
-            for i in range(config.num_layers)
-        )
+        places = jnp.arange(len(LENGTHS))
+        caches = tuple(cache.insert(places, kept[f"layer_{i}"]) for i, cache in enumerate(left_over))
         unrolled = unroll(config, params)
 
         def step(caches: Any, number: Any) -> Any:

@@ -91,9 +91,9 @@ def _dtypes(
     if export_dtype in _DTYPES:
         return dict.fromkeys(names, _DTYPES[export_dtype]), _DTYPES[export_dtype]
     source = {
-        name: DTYPES[entry.dtype]
+        name: entry.numbers
         for name, entry in by_model_name(entries, config).items()
-        if entry.dtype in DTYPES and not is_carried(name, config)
+        if entry.numbers is not None and not is_carried(name, config)
     }
     # For tensors that the source lacks, such as the head of a model that was saved without it.
     most_common = Counter(source.values()).most_common(1)[0][0]

@@ -27,7 +27,7 @@ from jdpo.models.weights.casting import PADDING_BYTES, Scratch, all_finite, bits
 from jdpo.models.weights.host_arrays import HostPiece, host_tensors
 from jdpo.models.weights.safetensors_folder import DTYPES, INDEX_NAME, TensorFiles
 from jdpo.models.weights.staging import CHUNK_BYTES
-from jdpo.models.weights.strided_views import StridedView
+from jdpo.models.weights.strided_views import Range, StridedView, common_ranges
 
 # Limits the host memory of tensors that have arrived from the devices but are not written yet.
 _BYTES_UNDER_WAY = 2**30
@@ -157,7 +157,11 @@ class _Writer:
                 for bounds, view in piece.view.chunks(CHUNK_BYTES // place.dtype.itemsize)
             ]
         else:
-            futures = [self._pool.submit(self._guarded, self._write_whole, name, place, pieces)]
+            size, most = math.prod(place.tensor.shape), CHUNK_BYTES // place.dtype.itemsize
+            futures = [
+                self._pool.submit(self._guarded, self._write_range, name, place, found, pieces)
+                for found in common_ranges([piece.view for piece, _ in pieces], size, most)
+            ]
         self._waiting.append((num_bytes, futures))
 
     def copy(self, name: str, source: TensorFiles) -> None:
@@ -204,13 +208,12 @@ class _Writer:
         source.read_into(name, start, run)
         _write_all(place.descriptor, run.data, place.offset + start)
 
-    def _write_whole(self, name: str, place: _Place, pieces: Sequence[HostPiece]) -> None:
-        """Writes a tensor whose pieces are interleaved."""
-        run = np.empty(math.prod(place.tensor.shape), place.dtype)
-        for piece, values in pieces:
-            for bounds, view in piece.view.chunks(CHUNK_BYTES // place.dtype.itemsize):
-                self._lay_out(name, values[_slices(bounds)], view._replace(start=0), run[view.start :])
-        _write_all(place.descriptor, run.view(np.uint8).data, place.offset)
+    def _write_range(self, name: str, place: _Place, found: Range, pieces: Sequence[HostPiece]) -> None:
+        """Writes a range of a tensor whose pieces are interleaved."""
+        run = self._scratch.array("range", found.size, place.dtype)
+        for (bounds, view), (_, values) in zip(found.parts, pieces, strict=True):
+            self._lay_out(name, values[_slices(bounds)], view._replace(start=0), run[view.start - found.start :])
+        _write_all(place.descriptor, run.view(np.uint8).data, place.offset + found.start * place.dtype.itemsize)
 
     def _lay_out(self, name: str, values: np.ndarray, view: StridedView, run: np.ndarray) -> None:
         """Casts values and writes them to the run; transposed ones by way of padded rows, which is faster."""

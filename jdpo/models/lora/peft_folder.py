@@ -7,16 +7,17 @@ module, whether the module keeps its weight as [out, in] or as [in, out].
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from einops import rearrange
 
 from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from jdpo.models.lora.adapters import Adapters, Lora
-from jdpo.models.lora.sites import EXPERT_AXIS, Module, Site, get_at, last_name, tree_of
+from jdpo.models.lora.sites import EXPERT_AXIS, Module, Site, get_at, has_all_experts, last_name, tree_of
 from jdpo.models.lora.targets import Targets, whole_sites
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, read_header
 from jdpo.processes import run_jointly
@@ -59,7 +60,7 @@ class PeftAdapter(NamedTuple):
     """An adapter on disk whose config and headers were checked; no tensor has been read.
 
     Attributes:
-      targets: `target_modules` of its config.
+      targets: `target_modules` of its config, and `target_parameters`.
       all_sites: all sites of the model that it was compared with.
     """
 
@@ -79,11 +80,11 @@ def read_adapter(folder: Path, sites: Sequence[Site]) -> PeftAdapter:
       ValueError: the adapter has features that jdpo lacks or tensors that do not fit the model, or a file is damaged.
     """
     config = read_adapter_config(folder)
-    _refuse_unsupported(folder, config)
+    _refuse_unsupported(folder, config, {"target_parameters"} if any(map(has_all_experts, sites)) else set())
     entries = _tensor_entries(folder)
-    modules = {module for module, _ in entries}
-    known = {module.name for site in sites for module in site.modules}
-    if unknown := sorted(modules - known):
+    keys = {key for key, _ in entries}
+    known = {module.key: module.name for site in sites for module in site.modules}
+    if unknown := sorted(keys - set(known)):
         names = ", ".join(dict.fromkeys(map(last_name, sites)))
         raise ValueError(
             f"{folder}: the adapter has {_listed(unknown)}; in this model jdpo adapts only {names}. "
@@ -93,14 +94,16 @@ def read_adapter(folder: Path, sites: Sequence[Site]) -> PeftAdapter:
         r=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         use_rslora=bool(config.get("use_rslora")),
-        sites=whole_sites(sites, modules, str(folder)),
+        sites=whole_sites(sites, {known[key] for key in keys}, str(folder)),
     )
     _check_shapes(folder, entries, lora)
     targets = config.get("target_modules")
-    return PeftAdapter(folder, lora, targets if isinstance(targets, str) else tuple(targets or ()), tuple(sites))
+    if not isinstance(targets, str):
+        targets = (*(targets or ()), *(config.get("target_parameters") or ()))
+    return PeftAdapter(folder, lora, targets, tuple(sites))
 
 
-def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(folder: Path, config: Mapping[str, Any], also_read: Set[str]) -> None:
     wrong = []
     for key, expected in {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none", None)}.items():
         if config.get(key) not in expected:
@@ -115,7 +118,7 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
         f"{terminal(key)} {value!r}"
         for key, value in config.items()
         # PEFT writes all its keys; those that are null, false or empty are not used.
-        if value and key not in _READ and key not in _WITHOUT_EFFECT
+        if value and key not in _READ | _WITHOUT_EFFECT | also_read
     ]
     if wrong:
         raise ValueError(
@@ -125,7 +128,7 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _tensor_entries(folder: Path) -> dict[tuple[str, str], TensorEntry]:
-    """Returns {(module, "A" or "B"): its tensor}."""
+    """Returns {(key of a module, "A" or "B"): its tensor}."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_NAME}; jdpo reads only safetensors, so save the adapter as such")
@@ -151,15 +154,16 @@ def _check_shapes(folder: Path, entries: Mapping[tuple[str, str], TensorEntry], 
     problems = []
     for site in lora.sites:
         for module in site.modules:
-            expected = {"A": (lora.r, int(np.prod(site.inputs))), "B": (module.num_outputs, lora.r)}
+            ranks = lora.r * max(module.num_experts, 1)
+            expected = {"A": (ranks, int(np.prod(site.inputs))), "B": (module.num_outputs, ranks)}
             for kind, shape in expected.items():
-                entry = entries.get((module.name, kind))
+                entry = entries.get((module.key, kind))
                 if entry is None:
-                    problems.append(f"{module.name}.lora_{kind} is missing")
+                    problems.append(f"{module.key}.lora_{kind} is missing")
                 elif entry.shape != shape:
-                    problems.append(f"{module.name}.lora_{kind} has shape {entry.shape}, expected {shape}")
+                    problems.append(f"{module.key}.lora_{kind} has shape {entry.shape}, expected {shape}")
                 elif entry.dtype not in DTYPES:
-                    problems.append(f"{module.name}.lora_{kind} has dtype {entry.dtype}, expected {', '.join(DTYPES)}")
+                    problems.append(f"{module.key}.lora_{kind} has dtype {entry.dtype}, expected {', '.join(DTYPES)}")
     if problems:
         raise ValueError(f"{folder / WEIGHTS_NAME} does not fit the model: {_listed(list(dict.fromkeys(problems)))}")
 
@@ -189,7 +193,7 @@ def _read_leaves(adapter: PeftAdapter, dtype: Any) -> dict[tuple[str, ...], np.n
     with safe_open(path, framework="np") as file:
 
         def read(module: Module, kind: str) -> np.ndarray:
-            name = f"{PREFIX}{module.name}.lora_{kind}.weight"
+            name = f"{PREFIX}{module.key}.lora_{kind}.weight"
             values: np.ndarray = file.get_tensor(name)
             if not np.isfinite(values).all():
                 raise ValueError(f"tensor {name} in {path} holds NaN or Inf: the adapter is damaged, take another copy")
@@ -200,12 +204,14 @@ def _read_leaves(adapter: PeftAdapter, dtype: Any) -> dict[tuple[str, ...], np.n
                 # PEFT has one [r, in] per module; here all modules share an array, inputs first like every kernel.
                 a = np.empty((*site.lead, *site.inputs, lora.r), dtype)
                 for module in site.modules:
-                    a[module.at] = read(module, "A").T.reshape(*site.inputs, lora.r)
+                    own = rearrange(read(module, "A"), "(e r) i -> e i r", r=lora.r)
+                    a[module.at] = own.reshape(a[module.at].shape)
                 leaves[*site.path, "a"] = a
             b = np.empty((*site.lead, lora.r, *site.outputs), dtype)
             for module in site.modules:
                 # A fused module has one B, of which each of its projections has some rows.
-                b[module.at] = read(module, "B")[_rows(module, site.outputs)].T.reshape(lora.r, *site.outputs)
+                own = rearrange(read(module, "B")[_rows(module, site.outputs)], "o (r e) -> e r o", r=lora.r)
+                b[module.at] = own.reshape(b[module.at].shape)
             leaves[*site.path, "b"] = b
     return leaves
 
@@ -227,11 +233,14 @@ def peft_tensors(lora: Lora, adapters: Any) -> dict[str, np.ndarray]:
     for site in lora.sites:
         a, b = get_at(adapters, (*site.leader, "a")), get_at(adapters, (*site.path, "b"))
         for module in site.modules:
-            prefix = f"{PREFIX}{module.name}.lora_"
-            tensors[f"{prefix}A.weight"] = np.ascontiguousarray(a[module.at].reshape(-1, lora.r).T)
+            prefix, num_maps = f"{PREFIX}{module.key}.lora_", max(module.num_experts, 1)
+            own = a[module.at].reshape(num_maps, -1, lora.r)
+            tensors[f"{prefix}A.weight"] = np.ascontiguousarray(rearrange(own, "e i r -> (e r) i"))
             # Projections of a fused module that are not adapted leave zeros, which change nothing.
-            whole = tensors.setdefault(f"{prefix}B.weight", np.zeros((module.num_outputs, lora.r), b.dtype))
-            whole[_rows(module, site.outputs)] = b[module.at].reshape(lora.r, -1).T
+            whole = tensors.setdefault(f"{prefix}B.weight", np.zeros((module.num_outputs, lora.r * num_maps), b.dtype))
+            # Experts are the slower axis of A's ranks and the faster one of B's.
+            own = b[module.at].reshape(num_maps, lora.r, -1)
+            whole[_rows(module, site.outputs)] = rearrange(own, "e r o -> o (r e)")
     return tensors
 
 
@@ -251,6 +260,8 @@ def peft_config(
         # PEFT fuses gate and up of an expert into one map of twice the rank, and would scale by the root of that.
         alpha, use_rslora = lora.scale * lora.r, False
     alpha = int(alpha) if float(alpha).is_integer() else alpha
+    # Tensors with the maps of all experts are no modules.
+    parameters = sorted({_within_layer(site) for site in lora.sites if has_all_experts(site)})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -261,6 +272,7 @@ def peft_config(
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
         "target_modules": target_expression(lora) if is_part else target_names(lora, sites),
+        **({"target_parameters": parameters} if parameters else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(site.fan_in_first for site in lora.sites),
@@ -272,20 +284,24 @@ def peft_config(
 def target_names(lora: Lora, sites: Sequence[Site]) -> list[str]:
     """Returns the shortest names that match only adapted modules: q_proj, or attn.c_proj if mlp.c_proj is not adapted.
 
+    Tensors with the maps of all experts are not among them.
+
     Args:
       sites: all sites of the model.
     """
+    sites = [site for site in sites if not has_all_experts(site)]
     left_out = [site for site in sites if site not in lora.sites]
     # PEFT adapts every module whose name ends in one of these, so none may also match a module that is left out.
     taken = {last_name(site) for site in left_out}
-    names = (last_name(site) if last_name(site) not in taken else _within_layer(site) for site in lora.sites)
-    return sorted(set(names))
+    adapted = [site for site in lora.sites if not has_all_experts(site)]
+    return sorted({last_name(site) if last_name(site) not in taken else _within_layer(site) for site in adapted})
 
 
 def target_expression(lora: Lora) -> str:
     """Returns an expression that matches the whole names of the adapted modules, and no others."""
     # The numbers of layers and experts, all of which are adapted, become one place.
-    names = {re.sub(r"\.\d+\.", ".#.", module.name) for site in lora.sites for module in site.modules}
+    adapted = [module.name for site in lora.sites if not has_all_experts(site) for module in site.modules]
+    names = {re.sub(r"\.\d+\.", ".#.", name) for name in adapted}
     return "|".join(re.escape(name).replace(r"\#", r"\d+") for name in sorted(names))
 
 

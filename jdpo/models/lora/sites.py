@@ -20,6 +20,9 @@ class Module(NamedTuple):
       at: the module's index along the leading axes of the kernel.
       start, strides: output (i, j, ..) of the projection is output start + i strides[0] + j strides[1] + .. of it.
       num_outputs: number of its outputs; more than the projection's if several projections share it.
+      key: its name in PEFT's files.
+      num_experts: number of experts whose maps are in its one tensor, which PEFT adapts as a parameter of a module; 0
+        for a module of one map.
     """
 
     at: tuple[int, ...]
@@ -27,6 +30,8 @@ class Module(NamedTuple):
     start: int
     strides: tuple[int, ...]
     num_outputs: int
+    key: str
+    num_experts: int = 0
 
 
 class Site(NamedTuple):
@@ -51,6 +56,11 @@ class Site(NamedTuple):
     output_axes: tuple[str | None, ...]
     modules: tuple[Module, ...]
     fan_in_first: bool
+
+
+def has_all_experts(site: Site) -> bool:
+    """Returns True if a tensor of the site has the maps of all experts of a layer."""
+    return site.modules[0].num_experts > 0
 
 
 def last_name(site: Site) -> str:

@@ -7,9 +7,20 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 
-from jdpo.models.lora.sites import EXPERT_AXIS, KERNEL, ROUTER, Module, Path, Site, get_at, last_name
+from jdpo.models.lora.sites import (
+    EXPERT_AXIS,
+    KERNEL,
+    ROUTER,
+    Module,
+    Path,
+    Site,
+    get_at,
+    has_all_experts,
+    last_name,
+)
 from jdpo.models.transformer import Transformer, logical_axes
 from jdpo.models.weights.hf_names import Piece, hf_tensors, layout_of, leaves
+from jdpo.models.weights.strided_views import StridedView
 from jdpo.safe_text import terminal
 from jdpo.words import listed
 
@@ -30,7 +41,10 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
         if path[0] not in ("stack", "rest") or path[-1] != KERNEL or path[-2] == ROUTER:
             continue
         first, names = pieces[0], get_at(axes, path)
-        num_lead, (num_inputs, fan_in_first) = len(first.at), _inputs_of(first)
+        # The axis of experts is in the tensor itself if it has the maps of all of them.
+        num_experts = first.view.shape[0] if names[len(first.at)] == EXPERT_AXIS else 0
+        maps = [_one_map(piece) for piece in pieces] if num_experts else pieces
+        num_lead, (num_inputs, fan_in_first) = len(first.at) + bool(num_experts), _inputs_of(maps[0])
         end = num_lead + num_inputs
         sites.append(
             Site(
@@ -43,11 +57,18 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
                 lead_axes=tuple(names[:num_lead]),
                 input_axes=tuple(names[num_lead:end]),
                 output_axes=tuple(names[end:]),
-                modules=tuple(_module_of(piece, num_inputs, fan_in_first) for piece in pieces),
-                fan_in_first=fan_in_first,
+                modules=tuple(_module_of(piece, num_inputs, fan_in_first, num_experts) for piece in maps),
+                # PEFT knows the layout of a parameter by itself.
+                fan_in_first=fan_in_first and not num_experts,
             )
         )
     return tuple(sites)
+
+
+def _one_map(piece: Piece) -> Piece:
+    """Returns the map of the first expert, as if it had a tensor of its own."""
+    (_, *inner), (_, *strides) = piece.view.shape, piece.view.strides
+    return piece._replace(hf_shape=piece.hf_shape[1:], view=StridedView(piece.view.start, tuple(inner), tuple(strides)))
 
 
 def _inputs_of(piece: Piece) -> tuple[int, bool]:
@@ -62,7 +83,7 @@ def _inputs_of(piece: Piece) -> tuple[int, bool]:
     return num_inputs, fan_in_first
 
 
-def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool) -> Module:
+def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool, num_experts: int) -> Module:
     num_rows, num_columns = piece.hf_shape
     # An output is a row of [out, in], so that numbers of elements become numbers of rows.
     start, unit, num_outputs = piece.view.start // num_columns, num_columns, num_rows
@@ -70,7 +91,19 @@ def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool) -> Module:
         # Here an output is a column of [in, out].
         start, unit, num_outputs = piece.view.start % num_columns, 1, num_columns
     strides = tuple(stride // unit for stride in piece.view.strides[num_inputs:])
-    return Module(piece.at, piece.hf_name.removesuffix(".weight"), start, strides, num_outputs)
+    name = piece.hf_name.removesuffix(".weight")
+    key = _parameter_key(name) if num_experts else name
+    return Module(piece.at, name, start, strides, num_outputs, key, num_experts)
+
+
+def _parameter_key(name: str) -> str:
+    """Returns the name of an adapted parameter of experts in PEFT's files, which is that of a wrapper.
+
+    PEFT wraps the module of experts once for each of its parameters, first for gate and up, then for down, and names a
+    wrapper by what it wraps.
+    """
+    module, parameter = name.rsplit(".", 1)
+    return module if parameter == "down_proj" else f"{module}.base_layer"
 
 
 def frozen_modules(model: Transformer, sites: Sequence[Site]) -> tuple[str, ...]:
@@ -141,7 +174,7 @@ def require_loadable(sites: Sequence[Site], chosen: Sequence[Site]) -> None:
     Raises:
       ValueError: such a dense map is adapted.
     """
-    of_experts = {last_name(site) for site in sites if EXPERT_AXIS in site.lead_axes}
+    of_experts = {last_name(site) for site in sites if EXPERT_AXIS in site.lead_axes and not has_all_experts(site)}
     lost = [site for site in chosen if EXPERT_AXIS not in site.lead_axes and last_name(site) in of_experts]
     if lost:
         names = _listed([module.name for site in lost for module in site.modules])

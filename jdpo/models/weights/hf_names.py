@@ -7,7 +7,7 @@ of several leaves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from jdpo.models.families import FAMILIES
@@ -33,9 +33,13 @@ class Piece(NamedTuple):
     view: StridedView
 
 
-def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
-    """Yields the pieces that fill the params of this model, in the order of the forward pass."""
-    layout = layout_of(config)
+def checkpoint_pieces(config: ModelConfig, layout: Layout | None = None) -> Iterator[Piece]:
+    """Yields the pieces that fill the params of this model, in the order of the forward pass.
+
+    Args:
+      layout: the tensors of one folder, see `layout_in`; None for those that exports have.
+    """
+    layout = layout or layout_of(config)
     for rule in (layout.embedding, *parameters_of(layout.first, config)):
         yield _piece(rule, config, rule.hf_name, rule.path)
     pattern = layer_pattern(config)
@@ -69,10 +73,10 @@ def _of_experts(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple[s
         yield rule.hf_name.format(layer, expert), (expert,)
 
 
-def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]]]:
+def leaves(config: ModelConfig, layout: Layout | None = None) -> dict[Path, tuple[tuple[int, ...], list[Piece]]]:
     """Returns the shape, stacked axes included, and the pieces of every leaf, in the order of the forward pass."""
     pieces: dict[Path, list[Piece]] = {}
-    for piece in checkpoint_pieces(config):
+    for piece in checkpoint_pieces(config, layout):
         pieces.setdefault(piece.path, []).append(piece)
     return {
         # A stacked axis is as long as the highest index along it.
@@ -81,10 +85,10 @@ def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]
     }
 
 
-def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
+def hf_tensors(config: ModelConfig, layout: Layout | None = None) -> dict[str, list[Piece]]:
     """Returns every tensor of a checkpoint of this model, in the order of the forward pass, with the pieces in it."""
     tensors: dict[str, list[Piece]] = {}
-    for piece in checkpoint_pieces(config):
+    for piece in checkpoint_pieces(config, layout):
         tensors.setdefault(piece.hf_name, []).append(piece)
     return tensors
 
@@ -92,6 +96,18 @@ def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
 def layout_of(config: ModelConfig) -> Layout:
     """Returns how checkpoints of this model name their tensors."""
     return FAMILIES[config.family].layout
+
+
+def layout_in(names: Collection[str], config: ModelConfig) -> Layout:
+    """Returns the layout of a folder with tensors of these names: that of the model, or one of its other forms."""
+    layout = layout_of(config)
+    for form in layout.forms:
+        # Rules for one expert have a second number.
+        if any(rule.hf_name.format(layer, 0) in names for rule in form for layer in range(config.num_layers)):
+            replaced = {rule.path for rule in form}
+            kept = (rule for rule in layout.layer if rule.path not in replaced)
+            return layout._replace(layer=(*kept, *form))
+    return layout
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

@@ -22,7 +22,7 @@ from jdpo import words
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params, Transformer
 from jdpo.models.weights.folder_names import by_model_name, is_carried, is_ignorable
-from jdpo.models.weights.hf_names import hf_tensors, layout_of, leaves
+from jdpo.models.weights.hf_names import hf_tensors, layout_in, layout_of, leaves
 from jdpo.models.weights.resize import resize_embeddings
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
 from jdpo.models.weights.staging import CHUNK_BYTES, SLAB_BYTES, Leaf, filled_leaves
@@ -78,7 +78,7 @@ def load_params(
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     to_fill = [
         Leaf(path, shape, pieces, one_device if shardings is None else _get(shardings, path), np.dtype(dtype))
-        for path, (shape, pieces) in leaves(config).items()
+        for path, (shape, pieces) in leaves(config, layout_in(entries, config)).items()
     ]
     params: Params = {}
     # The cores that this process may use, which can be fewer than those of the machine.
@@ -112,8 +112,8 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
     Raises:
       ValueError: the first ten differences are listed, with what to do about them.
     """
-    expected = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
     entries, head = by_model_name(entries, config), layout_of(config).head.hf_name
+    expected = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config, layout_in(entries, config)).items()}
     _refuse_other_names(folder, entries, expected, config)
     # Tied weights may be stored twice; both are then read and compared.
     shapes = expected | ({head: expected[layout_of(config).embedding.hf_name]} if config.tie_embeddings else {})
@@ -124,7 +124,7 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
         where = terminal(f"{name} in {entry.file.name}")
         if name in shapes and entry.shape != shapes[name]:
             problems.append(f"wrong shape of {where}: expected {shapes[name]}, found {entry.shape}")
-        elif name in shapes and entry.dtype not in DTYPES:
+        elif name in shapes and entry.numbers is None:
             known = ", ".join(DTYPES)
             found = terminal(entry.dtype)
             problems.append(f"dtype {found} of {where}: expected one of {known}; dequantize the model first")

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jdpo.models.weights import mxfp4
+from jdpo.models.weights.casting import bits
 from jdpo.models.weights.hub_models import require_plain_file
 from jdpo.safe_text import terminal
 
@@ -37,6 +39,7 @@ class TensorEntry(NamedTuple):
       dtype: the dtype's name in safetensors.
       offset: number of bytes from the start of the file to the first element.
       num_bytes: size of all elements.
+      scales: for a tensor in MXFP4, the tensor of its scales; then `shape` is that of the numbers.
     """
 
     file: Path
@@ -44,6 +47,12 @@ class TensorEntry(NamedTuple):
     dtype: str
     offset: int
     num_bytes: int
+    scales: TensorEntry | None = None
+
+    @property
+    def numbers(self) -> np.dtype | None:
+        """The dtype that its elements are read as; None for one that is not read."""
+        return DTYPES.get("BF16" if self.scales is not None else self.dtype)
 
 
 class TensorFiles:
@@ -65,8 +74,10 @@ class TensorFiles:
             os.close(self._descriptors.popitem()[1])
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype of a tensor's elements."""
-        return DTYPES[self._entries[name].dtype]
+        """Returns the dtype that a tensor's elements are read as."""
+        dtype = self._entries[name].numbers
+        assert dtype is not None, name
+        return dtype
 
     def place(self, name: str) -> str:
         """Returns the name of a tensor and its file, for messages."""
@@ -81,6 +92,19 @@ class TensorFiles:
           ValueError: the file cannot be read or is too short.
         """
         entry = self._entries[name]
+        if entry.scales is None:
+            self._read(name, entry, start, run)
+            return
+        # Whole groups, since the numbers of a group share a scale.
+        groups = slice(start // mxfp4.GROUP, -(-(start + run.size) // mxfp4.GROUP))
+        blocks = np.empty((groups.stop - groups.start, mxfp4.GROUP // 2), np.uint8)
+        scales = np.empty(len(blocks), np.uint8)
+        self._read(name, entry, groups.start * blocks.shape[1], blocks.reshape(-1))
+        self._read(name, entry.scales, groups.start, scales)
+        first = start - groups.start * mxfp4.GROUP
+        bits(run)[...] = mxfp4.decoded(blocks, scales)[first : first + run.size]
+
+    def _read(self, name: str, entry: TensorEntry, start: int, run: np.ndarray) -> None:
         offset, rest = entry.offset + start * run.itemsize, run.view(np.uint8).data
         try:
             while rest:
@@ -111,7 +135,7 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     index_path = folder / INDEX_NAME
     # transformers takes the single file where both are there.
     if (folder / SINGLE_NAME).is_file() or not index_path.is_file():
-        return read_header(_single_file(folder))
+        return _joined_mxfp4(read_header(_single_file(folder)))
     weight_map = _read_weight_map(index_path)
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file_name in sorted(set(weight_map.values())):
@@ -138,12 +162,38 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
                 f"{terminal(name)}; download the model again, or remove the file that is not part of it"
             )
         entries[name] = entry
-    return entries
+    return _joined_mxfp4(entries)
+
+
+def _joined_mxfp4(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Returns the tensors with the blocks and scales of each MXFP4 tensor as one entry, under the name of the blocks.
+
+    Raises:
+      ValueError: blocks have no scales, or of another shape.
+    """
+    joined = dict(entries)
+    for name, blocks in entries.items():
+        if not name.endswith(mxfp4.BLOCKS) or blocks.dtype != "U8":
+            continue
+        of_scales = name.removesuffix(mxfp4.BLOCKS) + mxfp4.SCALES
+        scales = joined.pop(of_scales, None)
+        expected = (*blocks.shape[:-1], mxfp4.GROUP // 2)
+        if scales is None or scales.dtype != "U8" or (*scales.shape, mxfp4.GROUP // 2) != blocks.shape:
+            found = "no such tensor" if scales is None else f"{terminal(scales.dtype)} of shape {scales.shape}"
+            raise ValueError(
+                f"{blocks.file}: {terminal(name)} of shape {blocks.shape} is in MXFP4, for which {terminal(of_scales)} "
+                f"should be U8 of shape {expected[:-1]}, and the blocks of shape {expected}; found {found}"
+            )
+        shape = (*blocks.shape[:-2], blocks.shape[-2] * mxfp4.GROUP)
+        num_bytes = blocks.num_bytes + scales.num_bytes
+        joined[name] = blocks._replace(shape=shape, dtype="MXFP4", num_bytes=num_bytes, scales=scales)
+    return joined
 
 
 def source_dtypes(folder: Path) -> dict[str, np.dtype]:
     """Returns the dtype of every tensor of a folder by name; raises ValueError as `tensor_entries` does."""
-    return {name: DTYPES[entry.dtype] for name, entry in tensor_entries(folder).items() if entry.dtype in DTYPES}
+    dtypes = ((name, entry.numbers) for name, entry in tensor_entries(folder).items())
+    return {name: dtype for name, dtype in dtypes if dtype is not None}
 
 
 def _single_file(folder: Path) -> Path:

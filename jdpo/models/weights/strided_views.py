@@ -86,6 +86,56 @@ def _chunks(
         yield from _chunks(view, (*bounds[:axis], inside, *bounds[axis + 1 :]), max_elements)
 
 
+class Range(NamedTuple):
+    """A range of a run, and the part of each of several views in it, as (bounds in the view, the part there)."""
+
+    start: int
+    size: int
+    parts: list[tuple[tuple[tuple[int, int], ...], StridedView]]
+
+
+def common_ranges(views: Sequence[StridedView], size: int, max_elements: int) -> Iterator[Range]:
+    """Yields ranges that together are a run of `size` elements, for views that interleave and fill all of it.
+
+    A range has at most max_elements where the views have axes in common to cut along, such as that of experts, and
+    contains whatever the views have between its ends.
+    """
+    whole = [(tuple((0, length) for length in view.shape), view) for view in views]
+    yield from _common_ranges(Range(0, size, whole), max_elements)
+
+
+def _common_ranges(found: Range, max_elements: int) -> Iterator[Range]:
+    start, size, parts = found
+    stride = _common_stride(found)
+    if size <= max_elements or stride is None:
+        yield found
+        return
+    at_once = max(1, max_elements // stride)
+    for first in range(0, size // stride, at_once):
+        last, cut = min(first + at_once, size // stride), []
+        for bounds, view in parts:
+            axis = next(i for i, n in enumerate(view.shape) if n > 1 and view.strides[i] == stride)
+            low = bounds[axis][0]
+            inside = (*bounds[:axis], (low + first, low + last), *bounds[axis + 1 :])
+            own = tuple((first, last) if i == axis else (0, n) for i, n in enumerate(view.shape))
+            cut.append((inside, view.cut(own)))
+        yield from _common_ranges(Range(start + first * stride, (last - first) * stride, cut), max_elements)
+
+
+def _common_stride(found: Range) -> int | None:
+    """Returns the largest stride at which the range can be cut: an axis of every view, from end to end of the range."""
+    start, size, parts = found
+    axes = [{stride: n for stride, n in zip(view.strides, view.shape, strict=True) if n > 1} for _, view in parts]
+    for stride in sorted(set.intersection(*map(set, axes)), reverse=True):
+        if all(own[stride] * stride == size for own in axes) and all(
+            # No part reaches beyond its own step.
+            view.start - start + view.span - (own[stride] - 1) * stride <= stride
+            for own, (_, view) in zip(axes, parts, strict=True)
+        ):
+            return stride
+    return None
+
+
 def view_of(pattern: str, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], StridedView]:
     """Returns the shape of a checkpoint's tensor, and the view of it that is one parameter, or one layer of it.
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdpo.models.weights.casting import BFLOAT16, all_finite, copy_cast
-from jdpo.models.weights.strided_views import StridedView, view_of
+from jdpo.models.weights.strided_views import StridedView, common_ranges, view_of
 
 SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2, "m": 2, "u": 3}
 
@@ -102,3 +102,31 @@ def test_all_finite(dtype: type) -> None:
         values[0, 1] = bad
         assert not all_finite(values)
         assert not all_finite(values.T)
+
+
+@pytest.mark.parametrize(
+    ("in_common", "patterns"),  # the size of the smallest ranges: a row, an expert, a head, a pair
+    [
+        (10, ("e d (f 0/2) -> e d f", "e d (f 1/2) -> e d f")),
+        (60, ("e f[f] d -> e d f", "e [f]f d -> e d f")),
+        (72, ("(h 0/3 k) d -> d h k", "(h 1/3 k) d -> d h k", "(h 2/3 k) d -> d h k")),
+        (20, ("d (h k)[g k] -> d h k", "d [h k](g k) -> d g k")),
+        (2, ("(f 0/2) -> f", "(f 1/2) -> f")),
+    ],
+)
+@pytest.mark.parametrize("most", [1, 7, 12, 25, 1000])
+def test_ranges_of_interleaved_views_fill_the_run_in_order(
+    in_common: int, patterns: tuple[str, ...], most: int
+) -> None:
+    (shape, *_), views = zip(*(view_of(pattern, SIZES) for pattern in patterns), strict=True)
+    size, end = math.prod(shape), 0
+    parts = [view.array(np.arange(size)) for view in views]
+    for start, length, found in common_ranges(views, size, most):
+        assert start == end
+        end, run = start + length, np.full(length, -1)
+        for (bounds, view), part in zip(found, parts, strict=True):
+            place = tuple(slice(*axis) for axis in bounds)
+            view._replace(start=view.start - start).array(run)[...] = part[place]
+        np.testing.assert_array_equal(run, np.arange(start, end))
+        assert length <= max(most, in_common)
+    assert end == size

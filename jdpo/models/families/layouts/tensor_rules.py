@@ -53,6 +53,8 @@ class Layout(NamedTuple):
       spellings: other names that folders of this family use; an export keeps those of the folder that it started from.
       carried: prefixes of tensors that belong to other parts of a model, such as a vision tower: they are not read or
         trained, and an export has them bit for bit. ("",) for every tensor outside of the text part.
+      forms: other ways in which folders store some parameters of a layer, each as the rules that replace those of
+        `layer` with the same paths. They are read; exports have the tensors of `layer`.
     """
 
     prefix: str
@@ -64,6 +66,7 @@ class Layout(NamedTuple):
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     spellings: tuple[Spelling, ...] = ()
     carried: tuple[str, ...] = ()
+    forms: tuple[tuple[Rule, ...], ...] = ()
 
     @property
     def is_part(self) -> bool:
@@ -113,6 +116,8 @@ def _has(config: ModelConfig, path: Path) -> bool:
             return config.moe is not None and config.moe.shared_d_ff is not None
         case ("mlp", "gate", name):
             return config.gated_mlp and (name != "bias" or config.mlp_bias)
+        case ("mlp", "router", "bias") | ("mlp", "experts", _, "bias"):
+            return config.moe is not None and config.moe.bias
         case ("mlp", _, "bias"):
             return config.mlp_bias
         case ("mlp", "xielu", _):

@@ -62,6 +62,13 @@ NormKind = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_no_bias"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "xielu"]
 
 
+class ClampedGate(NamedTuple):
+    """The gate of gpt-oss: g sigmoid(alpha g) (u + 1), for outputs g of the gate up to `limit` and u within +-limit."""
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """The experts of a layer that has them instead of an MLP."""
@@ -73,6 +80,8 @@ class MoEConfig:
     shared_d_ff: int | None = None  # width of an expert that every token goes through in addition; None for none
     # Weight of the router's load balancing loss. It affects training only, so it is not compared.
     aux_loss_coef: float = field(compare=False)
+    bias: bool = False  # of the router and of every map of every expert
+    clamped_gate: ClampedGate | None = None  # in place of act(gate) * up
 
 
 @dataclass(frozen=True, kw_only=True)

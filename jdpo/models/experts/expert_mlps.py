@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jdpo.devices import target
 from jdpo.models.experts.grouped_matmul import Grouping, choose_grouping, grouped_matmul
-from jdpo.models.experts.routes import Routes, make_routes, to_rows, to_tokens
+from jdpo.models.experts.routes import Routes, add_bias, make_routes, to_rows, to_tokens
 from jdpo.models.layers import PROJECTION
 from jdpo.models.mesh_axes import mesh_axes
 
 Array = Any
-Activation = Callable[[Array], Array]
+Gate = Callable[[Array, Array], Array]
+"""A function of the outputs of gate and up, finite at 0."""
 
 
 class ExpertMap(NamedTuple):
@@ -38,16 +38,18 @@ class ExpertMap(NamedTuple):
       kernel: [e, d, f].
       scale: [e, f], the unit of an int8 kernel's outputs, or None.
       a, b: [e, d, l] and [e, l, f], an adapter of which (x a) b is added, or None.
+      bias: [e, f], or None.
     """
 
     kernel: Array
     scale: Array | None = None
     a: Array | None = None
     b: Array | None = None
+    bias: Array | None = None
 
 
 class ExpertMaps(NamedTuple):
-    """The maps of down(act(gate(x)) * up(x))."""
+    """The maps of an expert, of which the first two read its input and the third its gated width."""
 
     gate: ExpertMap
     up: ExpertMap
@@ -59,19 +61,19 @@ def mixture(
     weights_ntk: Array,
     experts_ntk: Array,
     maps: ExpertMaps,
-    activation: Activation = nn.silu,
+    gated: Gate,
 ) -> Array:
-    """Returns the weighted sum over each token's experts, [n, t, d].
+    """Returns the weighted sum over each token's experts, down(gated(gate(x), up(x))), [n, t, d].
 
     With a mesh and logical rules in context every device computes with its own experts and its own part of their width.
 
     Args:
       weights_ntk: float32 or wider.
       experts_ntk: int; the experts of a token are distinct, and values outside of [0, e) mean none.
-      activation: a function with a finite value at 0.
+      gated: the elementwise function of an expert's gate and up.
     """
     layout = _Layout.of(x_ntd.shape[0], maps)
-    body = partial(_mixture_here, layout=layout, activation=activation)
+    body = partial(_mixture_here, layout=layout, gated=gated)
     if layout.mesh is None:
         return body(x_ntd, weights_ntk, experts_ntk, maps)
     by_sequence = PartitionSpec(layout.batch or None)
@@ -121,6 +123,7 @@ class _Layout(NamedTuple):
                 PartitionSpec(expert, narrow_out),
                 PartitionSpec(expert, narrow_in, None),
                 PartitionSpec(expert, None, narrow_out),
+                PartitionSpec(expert, narrow_out),
             )
             return ExpertMap(*(None if array is None else spec for array, spec in zip(held, specs, strict=True)))
 
@@ -136,7 +139,7 @@ def _mixture_here(
     maps: ExpertMaps,
     *,
     layout: _Layout,
-    activation: Activation,
+    gated: Gate,
 ) -> Array:
     """Runs on one device, for its own tokens or, with an expert axis, for those of all devices along it."""
     tokens = [rearrange(array, "n t x -> (n t) x") for array in (x_ntd, weights_ntk, experts_ntk)]
@@ -150,7 +153,7 @@ def _mixture_here(
     num_experts = maps.gate.kernel.shape[0]
     if layout.expert:
         experts_tk = _own(experts_tk, jax.lax.axis_index(layout.expert) * num_experts, num_experts)
-    y_td = _expert_mlps(x_td, weights_tk, experts_tk, maps, layout, activation)
+    y_td = _expert_mlps(x_td, weights_tk, experts_tk, maps, layout, gated)
     # Partial sums: of a part of the width, or of a part of the experts where these devices have the same tokens.
     if rest := tuple(axis for axis in (*layout.width, *layout.expert) if axis not in shared):
         y_td = jax.lax.psum(y_td, rest)
@@ -167,7 +170,7 @@ def _own(experts_tk: Array, first: Array, num_experts: int) -> Array:
 
 
 def _expert_mlps(
-    x_td: Array, weights_tk: Array, experts_tk: Array, maps: ExpertMaps, layout: _Layout, activation: Activation
+    x_td: Array, weights_tk: Array, experts_tk: Array, maps: ExpertMaps, layout: _Layout, gated: Gate
 ) -> Array:
     num_experts = maps.gate.kernel.shape[0]
     num_devices = math.prod(layout.mesh.shape[axis] for axis in layout.expert) if layout.expert else 1
@@ -177,8 +180,12 @@ def _expert_mlps(
     run = partial(_run, routes=routes, grouping=grouping, embed=layout.embed)
     x_rd = to_rows(x_td, routes)
     # The model dimension is split over fsdp: dim 1 of gate and up [e, d, f], dim 2 of down [e, f, d].
-    hidden_rf = activation(run(x_rd, maps.gate, embed_dim=1)) * run(x_rd, maps.up, embed_dim=1)
-    return to_tokens(run(hidden_rf, maps.down, embed_dim=2), weights_tk, routes)
+    hidden_rf = gated(run(x_rd, maps.gate, embed_dim=1), run(x_rd, maps.up, embed_dim=1))
+    down = maps.down
+    if down.bias is not None and layout.width:
+        # Devices that share the width sum their results, so one of them adds the bias.
+        down = down._replace(bias=jnp.where(jax.lax.axis_index(layout.width) == 0, down.bias, 0))
+    return to_tokens(run(hidden_rf, down, embed_dim=2), weights_tk, routes)
 
 
 def _run(
@@ -196,4 +203,5 @@ def _run(
         narrow_rl = checkpoint_name(grouped_matmul(whole, x_rd, held.a, routes.sizes), PROJECTION)
         y_rf = y_rf + grouped_matmul(whole, narrow_rl, held.b, routes.sizes)
     # Named for the policy "dots", as in `Projection`.
-    return checkpoint_name(y_rf, PROJECTION)
+    y_rf = checkpoint_name(y_rf, PROJECTION)
+    return y_rf if held.bias is None else add_bias(y_rf, held.bias, routes)

@@ -131,5 +131,27 @@ def _to_tokens_backward(residuals: Any, g_td: Array) -> tuple[Array, Array, None
     return of_rows.astype(y_rd.dtype), _take(of_weights, routes.place), None
 
 
+@jax.custom_vjp
+def add_bias(y_rf: Array, bias_ef: Array, routes: Routes) -> Array:
+    """Returns y + bias of each row's expert, in the dtype of y."""
+    return y_rf + bias_ef[routes.expert]
+
+
+def _add_bias_forward(y_rf: Array, bias_ef: Array, routes: Routes) -> tuple[Array, Routes]:
+    return add_bias(y_rf, bias_ef, routes), routes
+
+
+def _add_bias_backward(routes: Routes, g_rf: Array) -> tuple[Array, Array, None]:
+    wide = jnp.promote_types(g_rf.dtype, jnp.float32)
+    # A product with zeros and ones sums the rows of each expert: the transpose of the gather would be a scatter-add.
+    is_own_re = routes.expert[:, None] == jnp.arange(routes.sizes.shape[0])
+    # After the rows in use gradients are arbitrary, and NaN times 0 is NaN.
+    in_use = jnp.arange(g_rf.shape[0]) < routes.sizes.sum()
+    kept_rf = jnp.where(in_use[:, None], g_rf, 0)
+    of_bias = jnp.einsum("re,rf->ef", is_own_re.astype(g_rf.dtype), kept_rf, preferred_element_type=wide)
+    return g_rf, of_bias.astype(g_rf.dtype), None
+
+
 to_rows.defvjp(_to_rows_forward, _to_rows_backward)
 to_tokens.defvjp(_to_tokens_forward, _to_tokens_backward)
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from jdpo.models.experts.expert_mlps import ExpertMap, ExpertMaps, mixture
+from jdpo.models.experts.expert_mlps import ExpertMap, ExpertMaps, Gate, mixture
 from jdpo.models.experts.shared_expert import SharedExpert
 from jdpo.models.layers import ACTIVATIONS, ADAPTERS, INIT_STDDEV, SCALES, Projection
 from jdpo.models.model_config import Activation, MoEConfig
@@ -48,7 +48,9 @@ class MoE(nn.Module):
         wide = jnp.promote_types(self.compute_dtype, jnp.float32)
         # In float32: a rounding error can change which experts are selected.
         route = Projection(
-            "ntd,de->nte", (self.d_model, num_experts), ("embed", None), wide, self.param_dtype, name="router"
+            *("ntd,de->nte", (self.d_model, num_experts), ("embed", None), wide, self.param_dtype),
+            use_bias=self.config.bias,
+            name="router",
         )
         probabilities_nte = jax.nn.softmax(route(x_ntd.astype(wide)))
         # Kept by every remat policy. The first of equal probabilities is selected.
@@ -56,13 +58,13 @@ class MoE(nn.Module):
         # Compared, not gathered: the transpose of a gather is a scatter-add.
         is_chosen_ntke = experts_ntk[..., None] == jnp.arange(num_experts)
         weights_ntk = jnp.where(is_chosen_ntke, probabilities_nte[..., None, :], 0).sum(-1)
-        # Over the selected experts only, so that their weights sum to 1.
+        # Over the selected experts only, so that their weights sum to 1: the softmax of their logits alone.
         if self.config.normalize:
             weights_ntk = weights_ntk / weights_ntk.sum(-1, keepdims=True)
         self._leave(is_chosen_ntke.any(-2), probabilities_nte, token_weights_nt)
         # An index past the last expert means none, so padding is computed by no expert.
         experts_ntk = jnp.where((token_weights_nt > 0)[..., None], experts_ntk, num_experts)
-        mixed_ntd = mixture(x_ntd, weights_ntk, experts_ntk, self._maps(), ACTIVATIONS[self.activation])
+        mixed_ntd = mixture(x_ntd, weights_ntk, experts_ntk, self._maps(), gate_function(self.config, self.activation))
         if self.config.shared_d_ff is None:
             return mixed_ntd
         sizes, dtypes = (self.d_model, self.config.shared_d_ff), (self.compute_dtype, self.param_dtype)
@@ -82,7 +84,23 @@ class MoE(nn.Module):
 
     def _maps(self) -> ExpertMaps:
         inner, outer = ("expert_embed", self.d_model), ("expert_mlp", self.config.d_ff)
-        return Experts(self.config.num_experts, inner, outer, self.compute_dtype, self.param_dtype, name="experts")()
+        dtypes = self.compute_dtype, self.param_dtype
+        return Experts(self.config.num_experts, inner, outer, *dtypes, self.config.bias, name="experts")()
+
+
+def gate_function(config: MoEConfig, activation: Activation) -> Gate:
+    """Returns the elementwise function of an expert's gate and up."""
+    if config.clamped_gate is None:
+        return lambda gate, up: ACTIVATIONS[activation](gate) * up
+    alpha, limit = config.clamped_gate
+
+    def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+        # Selected, not clipped: at the limit itself the gradient passes, as in torch, where that of min is halved.
+        gate = jnp.where(gate > limit, limit, gate)
+        up = jnp.where(jnp.abs(up) > limit, jnp.sign(up) * limit, up)
+        return (up + 1) * (gate * jax.nn.sigmoid(alpha * gate))
+
+    return clamped
 
 
 def router_stats(left: dict[str, Any]) -> RouterStats:
@@ -107,19 +125,20 @@ class Experts(nn.Module):
     width: tuple[str, int]
     compute_dtype: Any
     param_dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self) -> ExpertMaps:
         def held(name: str, inputs: tuple[str, int], outputs: tuple[str, int]) -> ExpertMap:
             axes, shape = zip(("expert", self.num_experts), inputs, outputs, strict=True)
-            return ExpertKernel(shape, axes, self.compute_dtype, self.param_dtype, name=name)()
+            return ExpertKernel(shape, axes, self.compute_dtype, self.param_dtype, self.use_bias, name=name)()
 
         model, width = self.model, self.width
         return ExpertMaps(held("gate", model, width), held("up", model, width), held("down", width, model))
 
 
 class ExpertKernel(nn.Module):
-    """One linear map of every expert, [e, inputs, outputs], with its scale and adapter.
+    """One linear map of every expert, [e, inputs, outputs], with its scale and adapter, and its bias [e, outputs].
 
     As for `Projection`: "kernel" [e, outputs] in SCALES, "a" [e, inputs, rank] and "b" [e, rank, outputs] in ADAPTERS.
     """
@@ -128,13 +147,19 @@ class ExpertKernel(nn.Module):
     axes: tuple[str, str, str]
     compute_dtype: Any
     param_dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self) -> ExpertMap:
         init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
         kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.compute_dtype)
-        scale = self.get_variable(SCALES, "kernel") if self.has_variable(SCALES, "kernel") else None
-        if not self.has_variable(ADAPTERS, "a"):
-            return ExpertMap(kernel, scale)
-        a, b = (self.get_variable(ADAPTERS, name).astype(self.compute_dtype) for name in ("a", "b"))
-        return ExpertMap(kernel, scale, a, b)
+        held = ExpertMap(kernel, self.get_variable(SCALES, "kernel") if self.has_variable(SCALES, "kernel") else None)
+        if self.has_variable(ADAPTERS, "a"):
+            a, b = (self.get_variable(ADAPTERS, name).astype(self.compute_dtype) for name in ("a", "b"))
+            held = held._replace(a=a, b=b)
+        if self.use_bias:
+            experts, _, outputs = self.axes
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (experts, outputs))
+            bias = self.param("bias", zeros, (self.shape[0], self.shape[2]), self.param_dtype)
+            held = held._replace(bias=bias.astype(self.compute_dtype))
+        return held

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.models.families.config_readers import cohere, gemma, gpt, llama, mixtral, qwen
+from jdpo.models.families.config_readers import cohere, gemma, gpt, gpt_oss, llama, mixtral, qwen
 from jdpo.models.families.config_readers.towers import reader_of_text
 from jdpo.models.families.layouts import Layout
 from jdpo.models.families.layouts.expert_names import MIXTRAL, QWEN3_MOE
 from jdpo.models.families.layouts.gpt_names import GPT2, GPT_NEOX
+from jdpo.models.families.layouts.gpt_oss_names import GPT_OSS
 from jdpo.models.families.layouts.llama_names import APERTUS, GEMMA2, LLAMA, OLMO2, PHI3
 from jdpo.models.families.layouts.tower_names import in_tower
 from jdpo.models.model_config import ModelConfig
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(gemma.gemma3_text, GEMMA2),
     "gpt2": Family(gpt.gpt2, GPT2),
     "gpt_neox": Family(gpt.gpt_neox, GPT_NEOX),
+    "gpt_oss": Family(gpt_oss.gpt_oss, GPT_OSS),
     "granite": Family(llama.granite, LLAMA),
     "llama": Family(llama.llama, LLAMA),
     "mistral": Family(llama.mistral, LLAMA),

@@ -73,6 +73,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2", {"hidden_size": 15, "num_attention_heads": 3}),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 24, "num_attention_heads": 3, "rotary_pct": 0.25}),
+    "gpt_oss": (
+        "GptOss",
+        {"head_dim": 6, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.7}
+        | {"rope_parameters": {**YARN_ROPE, "truncate": False}},
+    ),
     "granite": ("Granite", {**MULTIPLIERS, "mlp_bias": True}),
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "attention_bias": True}),

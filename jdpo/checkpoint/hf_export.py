@@ -125,6 +125,8 @@ def _write_configs(
 ) -> None:
     generation_json = read_generation_config(source_folder)
     model_json = read_json(source_folder / "config.json")
+    # Weights that were quantized have been dequantized, and transformers would look for the others.
+    model_json.pop("quantization_config", None)
     # A multimodal model keeps the settings of its text part one level down.
     text_json = model_json["text_config"] if isinstance(model_json.get("text_config"), dict) else model_json
     # Merged and converted models often have no generation_config.json.

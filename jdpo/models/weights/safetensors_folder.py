@@ -190,6 +190,11 @@ def _joined_mxfp4(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     return joined
 
 
+def in_mxfp4(entries: Mapping[str, TensorEntry]) -> bool:
+    """Returns True if weights of a folder are in MXFP4."""
+    return any(entry.scales is not None for entry in entries.values())
+
+
 def source_dtypes(folder: Path) -> dict[str, np.dtype]:
     """Returns the dtype of every tensor of a folder by name; raises ValueError as `tensor_entries` does."""
     dtypes = ((name, entry.numbers) for name, entry in tensor_entries(folder).items())

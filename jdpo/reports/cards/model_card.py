@@ -39,6 +39,7 @@ class CardFacts:
       version: version of jdpo.
       base: the model that training started from; for an adapter, the model that it belongs to.
       is_adapter: the folder holds a PEFT adapter instead of a model.
+      dequantized: the base has weights in MXFP4, which were dequantized.
       has_chat_template: the tokenizer has one.
       rows: summary of the training rows in lines, for a run without `data`.
       data: content of data.json.
@@ -53,6 +54,7 @@ class CardFacts:
     version: str
     base: str
     is_adapter: bool = False
+    dequantized: bool = False
     has_chat_template: bool = False
     rows: str = ""
     data: Mapping[str, Any] | None = None
@@ -68,7 +70,7 @@ def model_card(facts: CardFacts) -> str:
     sections = [
         _metadata(facts),
         [f"# {markdown(facts.base.rstrip('/').split('/')[-1])}, {facts.command.upper()}"],
-        [f"Trained from {markdown_code(facts.base)} with jdpo {facts.version}: {method}."],
+        [f"Trained from {markdown_code(facts.base)} with jdpo {facts.version}: {method}.", *_dequantized(facts)],
         usage_section(facts.config, base=facts.base, is_adapter=facts.is_adapter, chats=facts.has_chat_template),
         _training_section(facts.verdict, facts.findings),
         results_section(facts.results, command=facts.command),
@@ -76,6 +78,13 @@ def model_card(facts: CardFacts) -> str:
         _recipe(facts),
     ]
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _dequantized(facts: CardFacts) -> list[str]:
+    if not facts.dequantized:
+        return []
+    own = "was trained next to them" if facts.is_adapter else "has them so, and no quantization_config"
+    return [f"The experts of that model are in MXFP4. They were dequantized to bfloat16; this one {own}."]
 
 
 def _uses_lora(facts: CardFacts) -> bool:

@@ -26,7 +26,7 @@ from jdpo.models.transformer import abstract_params
 from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.hub_models import has_weights, resolve_folder
 from jdpo.models.weights.loading import check_tensors
-from jdpo.models.weights.safetensors_folder import tensor_entries
+from jdpo.models.weights.safetensors_folder import in_mxfp4, tensor_entries
 from jdpo.processes import PROGRESS, run_jointly
 from jdpo.sharding.mesh import check_batch_size
 from jdpo.sharding.rules import undivided_dims
@@ -175,7 +175,13 @@ def _open(config: TrainConfig, log: Log, *, weights: bool) -> _Opened:
     # A set, since both may be one folder.
     for folder in {model_folder, reference_folder or model_folder}:
         if weights or has_weights(folder):
-            check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
+            entries = tensor_entries(folder)
+            check_tensors(folder, entries, source_config)  # headers only, before rows are tokenized
+            if in_mxfp4(entries):
+                log(
+                    f"note: {folder} has its experts in MXFP4: they are dequantized to bfloat16, in which an export "
+                    "has them, without quantization_config in its config.json"
+                )
         else:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
     positions = source_config.max_positions

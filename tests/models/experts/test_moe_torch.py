@@ -22,6 +22,7 @@ from jdpo.training.step.objectives import PreferenceObjective
 from jdpo.training.step.train_step import loss_and_grads
 from jdpo.types import TokenizedPair
 from tests.models.hf_arrays import hf_arrays
+from tests.models.torch_cases import SCALED_YARN
 
 pytestmark = pytest.mark.torch
 
@@ -35,6 +36,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         | {"num_hidden_layers": 5, "mlp_only_layers": [1], "attention_bias": True},
     ),
     ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 4, "tie_word_embeddings": True}),
+    (
+        "GptOss",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4, "num_hidden_layers": 3}
+        | {"swiglu_limit": 0.8, "rope_parameters": SCALED_YARN},
+    ),
+    (
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 5, "attention_bias": False}
+        | {"layer_types": ["full_attention", "sliding_attention"], "swiglu_alpha": 0.9},
+    ),
 ]
 
 
@@ -65,13 +76,16 @@ def make_torch(seed: int, prefix: str, settings: dict[str, Any], vocab_size: int
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     model.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or name.endswith(("bias", "sinks")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 
 
 def of_model(model: Any, *, gradients: bool = False) -> dict[str, np.ndarray]:
-    """Returns a torch model's parameters, or gradients, by checkpoint name, with one tensor per expert."""
+    """Returns a torch model's parameters, or gradients, by checkpoint name, with one tensor per expert as in files."""
+    if model.config.model_type == "gpt_oss":
+        parameters = model.named_parameters()
+        return {name: (value.grad if gradients else value.detach()).numpy() for name, value in parameters}
     is_mixtral = model.config.model_type == "mixtral"
     block = "block_sparse_moe" if is_mixtral else "mlp"
     gate, up, down = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")

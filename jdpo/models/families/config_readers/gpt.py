@@ -8,7 +8,7 @@ from jdpo.models.families.config_readers.shared import activation_of, decoder, s
 from jdpo.models.model_config import LayerKind, ModelConfig
 
 
-def _plain_heads(hf_config: Any) -> dict[str, int]:
+def _plain_heads(hf_config: Any) -> dict[str, Any]:
     """Returns sizes of families without grouped queries and with heads of width d / h, whatever config.json has."""
     num_heads = hf_config.num_attention_heads
     return {"num_kv_heads": num_heads, "head_dim": hf_config.hidden_size // num_heads}

@@ -27,8 +27,10 @@ def gpt_oss(hf_config: Any) -> ModelConfig:
     return decoder(
         hf_config,
         layers=tuple(LayerKind(rope=rope, window=window, mlp="experts") for window in windows_of(hf_config)),
+        formats=("mxfp4",),
         moe=dataclasses.replace(moe, bias=True, clamped_gate=gate),
         norm="rms_wide",
+        attention_sinks=True,
         qkv_bias=bool(hf_config.attention_bias),
         o_bias=bool(hf_config.attention_bias),
     )

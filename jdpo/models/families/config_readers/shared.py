@@ -22,13 +22,16 @@ _ACTIVATIONS: dict[str, Activation] = {
 _REFUSED = ("is_causal", "use_bidirectional_attention", "add_cross_attention", "is_encoder_decoder")
 
 
-def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], **own: Any) -> ModelConfig:
+def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], formats: tuple[str, ...] = (), **own: Any) -> ModelConfig:
     """Builds a `ModelConfig` from the sizes that most families share and a family's own sizes and mechanisms.
+
+    Args:
+      formats: values of quant_method whose weights are dequantized as they are read.
 
     Raises:
       ValueError: sizes are inconsistent, or a setting is one that the decoder lacks.
     """
-    refuse_unsupported(hf_config)
+    refuse_unsupported(hf_config, formats)
     num_heads = hf_config.num_attention_heads
     sizes = {
         # Missing or null in models without grouped queries.
@@ -85,14 +88,16 @@ def _end_of(layers: tuple[LayerKind, ...]) -> dict[str, Any]:
     return {"max_positions": min(ends), "positions_end": True} if ends else {}
 
 
-def refuse_unsupported(hf_config: Any) -> None:
-    """Refuses settings that would change the arithmetic and that the decoder lacks."""
+def refuse_unsupported(hf_config: Any, formats: tuple[str, ...] = ()) -> None:
+    """Refuses settings that would change the arithmetic and that the decoder lacks; `formats` as in `decoder`."""
     for key in _REFUSED:
         # is_causal must be true, all others false.
         value, expected = getattr(hf_config, key, None), key == "is_causal"
         if value not in (None, expected):
             raise ValueError(f"{key}: {value!r} is not supported, expected {expected!r}")
-    if getattr(hf_config, "quantization_config", None) is not None:
+    quantization = getattr(hf_config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization is not None and method not in formats:
         raise ValueError(
             "quantization_config: quantized weights cannot be trained; "
             "use the unquantized model, or dequantize it first"

@@ -2,10 +2,10 @@
 
     python benchmarks/token_rules.py [--rows 200] [--templates llama3 qwen3] [--rule prefix] [--out report.md]
 
-It takes half a minute on two CPU cores. Every template of tests/data/templates gets generated conversations
-(with system turns, tools, thoughts, several turns, and prompts that end with the assistant) as preference pairs and,
-with `loss_on: assistant_turns`, as supervised rows. transformers renders them here, without jdpo's own code, and
-the tokens that jdpo trains on are decoded and compared with those texts:
+It takes a minute on two CPU cores. Every template of tests/data/templates, with thinking on and off where it has such
+a switch, gets generated conversations (with system turns, tools, thoughts, several turns, and prompts that end with the
+assistant) as preference pairs and, with `loss_on: assistant_turns`, as supervised rows. transformers renders them here,
+without jdpo's own code, and the tokens that jdpo trains on are decoded and compared with those texts:
 
     prompt    the prompt reads as the template writes it with a generation prompt, or the row is reported as shortened
               and misses nothing but the end of the generation prompt
@@ -27,7 +27,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from token_rules_rows import WORD, Conversation, Message, conversations, words_o
 from toy_tokenizers import give_template, train_tokenizer
 
 from jdpo.data.schemas.formats import Dropped
+from jdpo.data.templates.chat_template import TEMPLATE_DAY
 from jdpo.data.tokens import prompt_end, row_notes, unwritten
 from jdpo.data.tokens.tokenize import tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -53,8 +54,20 @@ UNWRITTEN = {row_notes.ANSWER_CHANGED, *unwritten.UNWRITTEN.values()}
 """Notes that report a prompt whose end is lost, and an answer that the template does not write whole."""
 
 _MARKER = re.compile(r"(?<!<)<[^<>\s'\"{}]*\w[^<>\s'\"{}]*>(?!>)|\[/?[A-Z_]+\]")
+_TODAY = re.compile(r"strftime_now\('([^']*)'\)")
 _PLAIN_MARKERS = ("llama2", "mistral_v1", "zephyr")
 """Templates whose markers are plain text to the tokenizer."""
+
+SWITCHES: dict[str, Sequence[dict[str, Any]]] = {
+    "apertus": [{"enable_thinking": True}],
+    "cohere2_reasoning": [{"reasoning": False}],
+    "gpt_oss": [{"reasoning_effort": "high"}],
+    "qwen3_5": [{"enable_thinking": False}],
+    "qwen3_reasoning": [{"enable_thinking": False}],
+    "seed_oss": [{"thinking_budget": 0}, {"thinking_budget": 512}],
+    "smollm3": [{"enable_thinking": False}],
+}
+"""Variables with which a template is checked once more, as `chat_template_kwargs` gives them."""
 
 
 class Stretch(NamedTuple):
@@ -90,13 +103,23 @@ class Failure(NamedTuple):
 class Renderer:
     """A tokenizer with its template, read by transformers without jdpo."""
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, kwargs: Mapping[str, Any] | None = None) -> None:
         self.hf = hf
+        self._kwargs = dict(kwargs or {})
+        # transformers reads the clock, jdpo always writes the same day.
+        self._template = _TODAY.sub(lambda found: repr(TEMPLATE_DAY.strftime(found[1])), hf.chat_template)
 
     def write(self, messages: list[Message], tools: Any, *, prompt: bool = False) -> str | None:
         """Renders a conversation with BOS at most once; returns None if the template refuses it."""
         try:
-            text = self.hf.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            text = self.hf.apply_chat_template(
+                [_named_twice(message) for message in messages],
+                chat_template=self._template,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self._kwargs,
+            )
         except Exception:  # templates raise any exception of their expressions
             return None
         bos = self.hf.bos_token
@@ -116,6 +139,16 @@ class Renderer:
         tokens = sorted({*self.hf.all_special_tokens, *self.hf.get_added_vocab()}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)))
 
+    @cached_property
+    def question_markers(self) -> frozenset[str]:
+        """The markers that a question is written with, such as the end of its turn."""
+        return frozenset(self.markers.findall(self.write([{"role": "user", "content": "Hi"}], None) or ""))
+
+
+def _named_twice(message: Message) -> Message:
+    """Gives a thought both names that templates read."""
+    return message | {"thinking": message["reasoning_content"]} if "reasoning_content" in message else message
+
 
 class Texts(NamedTuple):
     """A turn as transformers writes it: the prompt, what follows it at inference, and the end of turn.
@@ -124,7 +157,8 @@ class Texts(NamedTuple):
       prompt: the history with the generation prompt.
       whole: the history and the answer.
       header: what the generation prompt adds to the history.
-      end: the first special token after the answer's words; empty if there is none.
+      end: the first special token after the answer's words that also ends a question; if there is none, the first
+        special token after the words, or nothing.
     """
 
     prompt: str
@@ -141,8 +175,9 @@ def texts_of(turn: Turn, tools: Any, renderer: Renderer) -> Texts | None:
         return None
     bare = renderer.write(turn.history, tools) or ""
     same = next((i for i, (a, b) in enumerate(zip(prompt, bare, strict=False)) if a != b), min(len(prompt), len(bare)))
-    found = renderer.markers.search(whole, end_of_answer(whole, turn.answer))
-    end = found.group() if found else ""
+    found = [marker.group() for marker in renderer.markers.finditer(whole, end_of_answer(whole, turn.answer))]
+    # Not the first one of all: it may only close a part of the turn, such as `<|END_RESPONSE|>`.
+    end = next((marker for marker in found if marker in renderer.question_markers), found[0] if found else "")
     if end and end in prompt:  # some templates open the next answer after every conversation
         whole = whole.removesuffix(prompt.rpartition(end)[2].lstrip())
     return Texts(prompt, whole, prompt[same:], end)
@@ -289,7 +324,7 @@ def _stretches(tokens: list[int], mask: list[bool]) -> Iterator[Stretch]:
 
 def prefix_pair(row: Conversation, tokenizer: Tokenizer) -> Result:
     """Cuts a pair at the common token prefix of prompt and conversations, even within a message."""
-    renderer = Renderer(tokenizer.hf)
+    renderer = Renderer(tokenizer.hf, tokenizer.probe.renderer.kwargs)
     prompt = renderer.write(row.prompt, row.tools, prompt=True)
     wholes = [renderer.write([*row.prompt, answer], row.tools) for answer in row.answers]
     if prompt is None or None in wholes:
@@ -322,8 +357,10 @@ class Outcome(NamedTuple):
     failures: list[Failure]
 
 
-def run_template(template: Path, rows: Sequence[Conversation], rule: str) -> dict[str, Outcome]:
-    """Tokenizes and checks all rows under a template."""
+def run_template(
+    template: Path, rows: Sequence[Conversation], rule: str, kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Outcome]:
+    """Tokenizes and checks all rows under a template with these variables."""
     texts = [message["content"] or "" for row in rows for message in row.prompt]
     hf = train_tokenizer("byte_bos", texts, 400)
     source = template.read_text(encoding="utf-8")
@@ -331,8 +368,8 @@ def run_template(template: Path, rows: Sequence[Conversation], rule: str) -> dic
     give_template(hf, template, [*markers, *(f"<|{role}|>" for role in ("user", "assistant", "tool"))])
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
-        tokenizer = load_tokenizer(Path(folder), chat_template=None)
-    renderer = Renderer(hf)
+        tokenizer = load_tokenizer(Path(folder), chat_template=None, chat_template_kwargs=kwargs)
+    renderer = Renderer(hf, kwargs)
     outcomes = {}
     for kind, (tokenize, check) in RULES[rule].items():
         results = [tokenize(row, tokenizer) for row in rows]
@@ -358,6 +395,13 @@ def templates_of(names: Sequence[str] | None) -> list[Path]:
     if unknown:
         raise ValueError(f"no templates named {', '.join(sorted(unknown))}")
     return [path for path in every if not names or path.stem in names]
+
+
+def with_switches(template: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the names under which a template is checked, with its variables."""
+    yield template.stem, {}
+    for kwargs in SWITCHES.get(template.stem, ()):
+        yield f"{template.stem} {' '.join(f'{key}={value}' for key, value in kwargs.items())}", kwargs
 
 
 def report(found: dict[str, dict[str, Outcome]]) -> tuple[list[str], bool]:
@@ -389,7 +433,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="Markdown file for the report")
     options = parser.parse_args(arguments)
     rows = conversations(options.rows, options.seed)
-    found = {path.stem: run_template(path, rows, options.rule) for path in templates_of(options.templates)}
+    found = {
+        name: run_template(path, rows, options.rule, kwargs)
+        for path in templates_of(options.templates)
+        for name, kwargs in with_switches(path)
+    }
     lines, passed = report(found)
     lines.append(f"rule {options.rule}: {'every check holds' if passed else 'FAILED'}")
     text = "\n".join(lines)

@@ -96,6 +96,7 @@ def _tool(word: Callable[[str], str]) -> dict[str, Any]:
 
 
 def _call(tools: list[dict[str, Any]], rng: random.Random, word: Callable[[str], str]) -> Message:
-    """Returns a turn with a call only. The tool's name occurs in both prompt and answer."""
+    """Returns a turn with a call, perhaps after a thought. The tool's name occurs in both prompt and answer."""
     function = {"name": rng.choice(tools)["function"]["name"], "arguments": {"of": word("arg")}}
-    return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    return call | {"reasoning_content": word("mul")} if rng.random() < 0.3 else call

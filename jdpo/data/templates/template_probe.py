@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -133,12 +134,62 @@ def markers_of(probed: Probe) -> list[str]:
 
 
 def end_of_turn(hf: PreTrainedTokenizerBase, probed: Probe) -> str | None:
-    """Returns the first special token that the template writes after an answer, or None."""
-    _, found, tail = probed.text.rpartition(ANSWER)
+    """Returns the special token with which the template ends an answer, or None.
+
+    It is the first one after the answer that does not merely close a part of the turn, as `<|END_RESPONSE|>` does in
+    `<|START_RESPONSE|>Hello<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`.
+    """
+    before, found, tail = probed.text.rpartition(ANSWER)
+    tokens = _special_tokens(hf).findall(tail) if found else []
+    lead = lead_of_answers(probed)
+    opened = _special_tokens(hf).findall(lead)
+    earlier = before.removesuffix(lead)
+    closing = [token for token in tokens if token not in earlier and any(_closes(token, one) for one in opened)]
+    return next((token for token in tokens if token not in closing), tokens[0] if tokens else None)
+
+
+def end_of_call(hf: PreTrainedTokenizerBase, probed: Probe, ends: Collection[str]) -> str | None:
+    """Returns the special token that ends a turn with a call, where none of `ends` does; else None.
+
+    Harmony ends an answer with `<|return|>`, and a call with `<|call|>`, after which the result of the tool follows.
+
+    Raises:
+      RenderingTooSlow: the template takes more than a minute.
+    """
+    for arguments in ({"value": ANSWER}, json.dumps({"value": ANSWER})):
+        call = {"id": "jdpocalls", "type": "function", "function": {"name": "jdpotool", "arguments": arguments}}
+        turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            text = replace(probed, tools=[_TOOL]).render([TURNS[0], turn])
+        except RenderingTooSlow:
+            raise
+        except Exception:  # templates without calls fail on them, or want their arguments as text
+            continue
+        _, found, tail = text.rpartition(ANSWER)
+        tokens = _special_tokens(hf).findall(tail) if found else []
+        # Words after the token belong to something else, such as the header of a next turn.
+        if tokens and not any(token in ends for token in tokens) and not tail.rpartition(tokens[-1])[2].strip():
+            return tokens[-1]
+        return None
+    return None
+
+
+def _special_tokens(hf: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Returns a pattern for the special and added tokens of a tokenizer."""
     # Longer tokens first, since a pattern takes the first alternative that matches.
     tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
-    match = re.search("|".join(map(re.escape, tokens)), tail) if found and tokens else None
-    return match.group() if match else None
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+
+def _closes(token: str, opening: str) -> bool:
+    """Returns whether two markers enclose a part of a text.
+
+    >>> _closes("<|END_TEXT|>", "<|START_TEXT|>"), _closes("</think>", "<think>"), _closes("<|end|>", "<|message|>")
+    (True, True, False)
+    """
+    ways = (("START", "END"), ("start", "end"), ("begin", "end"), ("prefix", "suffix"))
+    closings = [opening[:1] + "/" + opening[1:], *(opening.replace(start, end) for start, end in ways)]
+    return token != opening and token in closings
 
 
 def lead_of_answers(probed: Probe) -> str:

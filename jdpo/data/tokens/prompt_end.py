@@ -38,10 +38,10 @@ PROMPT_REBUILT = "with a prompt that the chat template changes once an answer fo
 STARTS_IN_PROMPT = "with a completion that starts before the end of the prompt's last turn"
 
 _OPENED_THOUGHT = re.compile(
-    r"(?P<open>[<\[]\|?)(?P<start>start_)?(?P<name>\w*(?:think|thought|reason)\w*)(?P<close>\|?[>\]])\s*\Z",
+    r"(?P<open>[<\[]\|?)(?P<start>start_)?(?P<name>[\w:]*(?:think|thought|reason)\w*)(?P<close>\|?[>\]])\s*\Z",
     re.IGNORECASE,
 )
-"""Marker of a thought that a generation prompt opens at its end: `<think>`, `[THINK]`, `<|START_THINKING|>`."""
+"""Marker of a thought that a generation prompt opens at its end: `<think>`, `<seed:think>`, `<|START_THINKING|>`."""
 
 
 class Encoded(NamedTuple):

@@ -34,7 +34,8 @@ class Tokenizer:
     Attributes:
       hf: the tokenizer of transformers, which is saved with the model.
       added_tokens: tokens that the chat template added to the vocabulary.
-      end_token_ids: tokens that end an answer: the tokenizer's EOS and the template's end of turn.
+      end_token_ids: tokens that end an answer: the tokenizer's EOS, the template's end of turn, and its end of a call
+        where that is another token.
       digest: content digest of vocabulary, special tokens and template.
       notes: sentences for the user on what was changed.
       source: the folder, for messages.
@@ -269,9 +270,11 @@ def _loaded(
             + ", so answers would never end; set eos_token in tokenizer_config.json, or chat_template: chatml"
         )
     notes += _template_notes(hf, probed, end_of_turn)
-    turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
-    # All three, because generation must stop at any token with which an answer may end.
-    end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
+    known = [token for token in (hf.eos_token, end_of_turn) if isinstance(token, str)]
+    end_of_call = template_probe.end_of_call(hf, probed, known) if probed.text else None
+    turn_ids = [hf.convert_tokens_to_ids(token) for token in (end_of_turn, end_of_call) if token is not None]
+    # All of them, because generation must stop at any token with which an answer may end.
+    end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, *turn_ids, own_eos) if isinstance(i, int)))
     return Tokenizer(
         hf,
         added,

@@ -19,7 +19,8 @@ from jdpo.data.tokens.boundaries import split_rows
 from jdpo.data.tokens.prompt_tokens import encode_prompt
 from jdpo.data.tokens.row_rendering import NOT_UNICODE, RowTexts, is_unicode
 from jdpo.data.tokens.tokenizer import Tokenizer
-from jdpo.generation.asking.answer_text import PieceDecoder, content_of
+from jdpo.generation.asking.answer_message import message_of
+from jdpo.generation.asking.answer_text import PieceDecoder
 from jdpo.generation.asking.token_logps import NextToken, TokenLogps, completion_logps, next_logps
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.prompts import make_question
@@ -163,7 +164,7 @@ class LoadedModel:
         """Yields the text of one answer piece by piece, as it is drawn; `generate` draws the very same answer.
 
         A piece holds whole characters: one whose bytes span several tokens is yielded with the last of them. The text
-        of the end token is not part of the answer.
+        of the end token is not part of the answer. Thoughts, and the markers around them, are part of the text here.
 
         Args:
           prompt: text or messages.
@@ -235,7 +236,8 @@ class LoadedModel:
           FloatingPointError: the model's logits are not finite.
         """
         ended = drawn.finish_reason == "stop"
-        content = content_of(row, prompt_ids, drawn.tokens[:-1] if ended else drawn.tokens, self.tokenizer)
+        tokens = drawn.tokens[:-1] if ended else drawn.tokens
+        message = message_of(row, prompt_ids, tokens, self.tokenizer, ended=ended)
         # In float64, since float32 would lose digits over a thousand tokens.
         logp = float(np.sum(np.array(drawn.logps, np.float64)))
         if not np.isfinite(logp):
@@ -243,7 +245,7 @@ class LoadedModel:
                 f"{self.name} gives logits of NaN or infinity for {row.origin}: the weights are damaged, training has "
                 "ruined them, or they overflow in this dtype; try float32"
             )
-        return Answer(prompt_id, drawn.sample, assistant(content), drawn.tokens, drawn.finish_reason, logp)
+        return Answer(prompt_id, drawn.sample, message, drawn.tokens, drawn.finish_reason, logp)
 
     # --- probabilities
 

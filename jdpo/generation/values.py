@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from numbers import Integral
@@ -77,7 +78,8 @@ class Answer(NamedTuple):
     Attributes:
       prompt_id: of its question.
       sample: its number, from 0, among the answers to the question.
-      message: `{"role": "assistant", "content": ...}`, for plain text prompts as well.
+      message: `{"role": "assistant", "content": ...}`, for plain text prompts as well. A thought before the answer is
+        under `reasoning_content`, and calls are under `tool_calls`, where the model's chat template writes them apart.
       tokens: its token ids, including the token that ends it; None: the server did not return them.
       finish_reason: why it ends.
       logp: summed log-probability of `tokens` under the model itself (temperature 1, all tokens); None: not returned.
@@ -95,6 +97,14 @@ class Answer(NamedTuple):
         """The content of the message; empty if it is no text, as in a message that only calls tools."""
         content = self.message.get("content")
         return content if isinstance(content, str) else ""
+
+
+def message_text(message: Message) -> str:
+    """Returns what a reader sees of an answer: its text, and its calls as JSON."""
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    calls = message.get("tool_calls")
+    return "\n".join(filter(None, (text, json.dumps(calls, ensure_ascii=False) if calls else "")))
 
 
 class Unanswered(NamedTuple):

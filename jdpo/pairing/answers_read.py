@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jdpo.generation.answer_files import read_answers
-from jdpo.generation.values import Answer, Question
+from jdpo.generation.values import Answer, Question, message_text
 from jdpo.pairing.candidates import SCORED, Candidate, PairRules, Side
 from jdpo.pairing.similarity import words_of
 from jdpo.safe_text import terminal
@@ -124,7 +124,7 @@ def _unit(sources: Sequence[Source], unit: LengthUnit | None) -> LengthUnit:
 
 
 def _candidate(answer: Answer, side: Side, unit: LengthUnit, scores: ScoreFile | None) -> Candidate:
-    text = answer.text
+    text = message_text(answer.message)
     if unit == "tokens":
         assert answer.tokens is not None
         length = len(answer.tokens)
@@ -134,4 +134,4 @@ def _candidate(answer: Answer, side: Side, unit: LengthUnit, scores: ScoreFile |
     # Scores are complete for the answers of their digest, so a missing one is a damaged file.
     if scores is not None:
         score = scores.scores[answer.prompt_id, answer.sample].score
-    return Candidate(side, answer.sample, text, length, answer.finish_reason == "length", score)
+    return Candidate(side, answer.sample, text, length, answer.finish_reason == "length", score, answer.message)

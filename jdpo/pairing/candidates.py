@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, NamedTuple, get_args
 
+from jdpo.types import Message
+
 Strategy = Literal["best_worst", "best_random", "adjacent", "delta", "human"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -43,10 +45,11 @@ class Candidate(NamedTuple):
     Attributes:
       side: its folder.
       sample: its number among the answers to the prompt.
-      text: the content of its message.
+      text: the content of its message, and its calls as JSON.
       length: its length in the unit of `max_length_gap`.
       cut_off: whether it ends because of `max_new_tokens`.
       score: higher is better; None: the scorer has none, or none is asked for.
+      message: its message, with what is not in its text, such as the thought before it; None: the text is all of it.
     """
 
     side: Side
@@ -55,6 +58,7 @@ class Candidate(NamedTuple):
     length: int
     cut_off: bool
     score: float | None
+    message: Message | None = None
 
     @property
     def name(self) -> Name:

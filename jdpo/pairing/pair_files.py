@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jdpo.data.schemas.messages import assistant
 from jdpo.durable import replacing, write_durably
 from jdpo.generation.values import Question
 from jdpo.pairing.answers_read import Group, Material
 from jdpo.pairing.candidates import Candidate, PairRules, Proposal, margin_of
 from jdpo.pairing.pair_report import make_report
 from jdpo.pairing.selecting import Choice, Selection, select
+from jdpo.types import Text
 
 ChooseFor = Callable[[str, Candidate, Candidate], Choice | None]
 """(prompt_id, a, b) -> the choice of a person, or None if they have not been asked yet."""
@@ -84,10 +86,10 @@ def pair_row(question: Question, pair: Proposal) -> dict[str, Any]:
     """Returns a pair as a row that jdpo reads: plain text if the prompt is, else messages."""
     chosen, rejected = pair
 
-    def side(candidate: Candidate) -> str | list[dict[str, str]]:
+    def side(candidate: Candidate) -> Text:
         if isinstance(question.prompt, str):
             return candidate.text
-        return [{"role": "assistant", "content": candidate.text}]
+        return [candidate.message or assistant(candidate.text)]
 
     row: dict[str, Any] = {"prompt": question.prompt, "chosen": side(chosen), "rejected": side(rejected)}
     if (margin := margin_of(chosen, rejected)) is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from jdpo.generation.servers.server_client import Failure, Request, ServerClient
 from jdpo.generation.servers.server_settings import ServerSettings
-from jdpo.generation.values import Question
+from jdpo.generation.values import Question, message_text
 from jdpo.scoring.score_files import RawVerdict
 from jdpo.types import Message, Text
 
@@ -152,14 +152,6 @@ class Judge:
         if what not in self.counts:
             _logger.warning("judge %s: %s: %s", self._server.shown, what, detail)
         self.counts[what] += 1
-
-
-def message_text(message: Message) -> str:
-    """Returns what a judge sees of a message: its text, and its calls as JSON."""
-    content = message.get("content") or ""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    calls = message.get("tool_calls")
-    return "\n".join(filter(None, (text, json.dumps(calls, ensure_ascii=False) if calls else "")))
 
 
 def _read_rubric(path: Path | None) -> str:

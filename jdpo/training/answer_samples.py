@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jdpo.config import SampleSettings
-from jdpo.data.schemas.messages import assistant
 from jdpo.data.tokens.row_rendering import RowTexts
 from jdpo.durable import keep_old, naming, write_durably
-from jdpo.generation.asking.answer_text import content_of
+from jdpo.generation.asking.answer_message import message_of
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.values import Sampling
 from jdpo.models.transformer import Params, Weights
@@ -105,13 +104,14 @@ class AnswerSamples:
     def _line(self, step: int, drawn: Drawn) -> dict[str, Any]:
         question, ids = self._prompts[drawn.prompt]
         row = RowTexts(question.prompt, (), question.origin, question.tools, question.template_kwargs)
-        tokens = drawn.tokens[:-1] if drawn.finish_reason == "stop" else drawn.tokens
+        ended = drawn.finish_reason == "stop"
+        tokens = drawn.tokens[:-1] if ended else drawn.tokens
         logp = sum(drawn.logps)
         return {
             "step": step,
             "prompt_id": question.prompt_id,
             "prompt": question.prompt,
-            "message": assistant(content_of(row, ids, tokens, self._setup.tokenizer)),
+            "message": message_of(row, ids, tokens, self._setup.tokenizer, ended=ended),
             "finish_reason": drawn.finish_reason,
             # JSON has no NaN, which a run that diverges gives.
             "logp": round(logp, 4) if math.isfinite(logp) else None,

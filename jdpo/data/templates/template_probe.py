@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +52,17 @@ class Probe:
     text: str = ""
     refusal: Exception | None = None
 
-    def render(self, turns: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        turns: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """Renders turns, with the system turn and the tools that the template needs.
+
+        Args:
+          kwargs: `chat_template_kwargs` of a row.
 
         Raises:
           Exception: any exception of the template.
@@ -62,6 +71,7 @@ class Probe:
             [*([_SYSTEM_TURN] if self.system else []), *turns],
             tools=self.tools,
             add_generation_prompt=add_generation_prompt,
+            kwargs=kwargs,
         )
 
     @property

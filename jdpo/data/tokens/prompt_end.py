@@ -218,6 +218,16 @@ def _call_names(messages: Sequence[Message]) -> list[str]:
     return [str(function.get("name")) for function in functions if isinstance(function, dict)]
 
 
+def opened_thought(asked: str) -> str:
+    """Returns the marker, with the whitespace after it, of a thought that a prompt opens at its end; else nothing.
+
+    >>> opened_thought("Hi <think>\\n"), opened_thought("Hi")
+    ('<think>\\n', '')
+    """
+    opened = _OPENED_THOUGHT.search(asked)
+    return opened.group() if opened is not None else ""
+
+
 def _closes_thought(asked: str, answer: str) -> bool:
     """Returns whether an answer closes the thought that the prompt opens; True if the prompt opens none.
 

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.messages import assistant
+from jdpo.data.tokens.prompt_end import opened_thought
 from jdpo.data.tokens.row_rendering import RowTexts, conversation, encode_rendered, render_all
 from jdpo.data.tokens.tokenizer import Tokenizer
+from jdpo.types import Message
 
 _CONTEXT = 6
 """Tokens before an answer that are decoded with it: a decoder may join tokens, or drop a space at its start."""
+
+_OPENING = 12
+"""Tokens at the end of a prompt that may open a thought."""
 
 _UNFINISHED = "\ufffd"
 """What decoders write for bytes that are not a whole character yet."""
@@ -81,15 +86,20 @@ def content_of(row: RowTexts, prompt_ids: Sequence[int], tokens: Sequence[int], 
     text = text_after(prompt_ids, tokens, tokenizer)
     # Some templates write one space before the answer, others strip it.
     without_one = text[1:] if text[:1].isspace() else text
-    forms = dict.fromkeys((text, without_one, text.lstrip(), text.strip()))
-    return next((form for form in forms if _gives(form, row, prompt_ids, tokens, tokenizer)), text)
+    # Some write an answer as it is, and open its thought in the prompt alone: then the content repeats the opening.
+    opened = "" if row.is_text else opened_thought(decoded(prompt_ids[-_OPENING:], tokenizer))
+    forms = dict.fromkeys((text, without_one, text.lstrip(), text.strip(), opened + text))
+    return next((form for form in forms if gives(assistant(form), row, prompt_ids, tokens, tokenizer)), text)
 
 
-def _gives(content: str, row: RowTexts, prompt_ids: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer) -> bool:
+def gives(
+    answer: Message, row: RowTexts, prompt_ids: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer
+) -> bool:
+    """Returns whether training on a message would learn the tokens that were generated."""
     if row.is_text:
-        (ids,) = tokenizer.encode_completions([content])
+        (ids,) = tokenizer.encode_completions([answer["content"]])
         return ids[: len(tokens)] == [*tokens]
-    texts = render_all([[*conversation(row.prompt), assistant(content)]], [False], row, tokenizer)
+    texts = render_all([[*conversation(row.prompt), answer]], [False], row, tokenizer)
     if isinstance(texts, Dropped):
         return False
     (ids,) = encode_rendered(texts, tokenizer)

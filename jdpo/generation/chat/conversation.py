@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+from jdpo.data.schemas.messages import assistant, user
 from jdpo.types import Message, Text
 
 EndReason = Literal["stop", "length", "interrupted"]
@@ -16,13 +17,20 @@ class Exchange(NamedTuple):
 
     Attributes:
       message: what the user wrote.
-      answer: what the model answered.
+      answer: what the model answered, as it was drawn.
       end: why the answer ends.
+      reply: the answer as a message, with its thought apart; None: the answer is the content.
     """
 
     message: str
     answer: str
     end: EndReason
+    reply: Message | None = None
+
+    @property
+    def answer_message(self) -> Message:
+        """The answer as a message of the conversation."""
+        return assistant(self.answer) if self.reply is None else self.reply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,7 @@ class Conversation:
             return message
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         turns: list[Message] = [turn for exchange in self.exchanges for turn in _turns(exchange)]
-        return [*system, *turns, {"role": "user", "content": message}]
+        return [*system, *turns, user(message)]
 
     @property
     def last(self) -> Exchange:
@@ -62,9 +70,14 @@ class Conversation:
         """The prompt that the last answer was drawn for."""
         return self.undone().prompt_of(self.last.message)
 
-    def answered(self, message: str, answer: str, end: EndReason) -> Conversation:
-        """Returns the conversation with a further exchange."""
-        return self._with((*self.exchanges, Exchange(message, answer, end)))
+    @property
+    def last_answer(self) -> Text:
+        """The last answer: a message, or the text that continues a text."""
+        return [self.last.answer_message] if self.is_chat else self.last.answer
+
+    def answered(self, message: str, answer: str, end: EndReason, reply: Message | None = None) -> Conversation:
+        """Returns the conversation with a further exchange; see `Exchange`."""
+        return self._with((*self.exchanges, Exchange(message, answer, end, reply)))
 
     def undone(self) -> Conversation:
         """Returns the conversation without its last exchange."""
@@ -107,4 +120,4 @@ def pair_of(better: Conversation, worse: Conversation) -> dict[str, Any]:
 
 
 def _turns(exchange: Exchange) -> list[Message]:
-    return [{"role": "user", "content": exchange.message}, {"role": "assistant", "content": exchange.answer}]
+    return [user(exchange.message), exchange.answer_message]

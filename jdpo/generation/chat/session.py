@@ -114,8 +114,8 @@ class ChatSession:
             return
         self.view.ends(ends)
         self.conversations = [
-            conversation.answered(message, text, end)
-            for conversation, text, end in zip(conversations, texts, ends, strict=True)
+            conversation.answered(message, stream.text, end, stream.message() if conversation.is_chat else None)
+            for conversation, stream, end in zip(conversations, streams, ends, strict=True)
         ]
 
     def show_next(self, text: str) -> None:
@@ -131,7 +131,7 @@ class ChatSession:
     def show_logps(self, answer: str) -> None:
         """Shows the log-probability of an answer to the last message, per token."""
         tables = [
-            speaker.logps(conversation.last_prompt, answer or conversation.last.answer)
+            speaker.logps(conversation.last_prompt, answer or conversation.last_answer)
             for speaker, conversation in zip(self.speakers, self.conversations, strict=True)
         ]
         self.view.logps(tables)

@@ -21,13 +21,15 @@ from jdpo.models.experts.grouped_matmul import Grouping, choose_grouping, groupe
 from jdpo.models.experts.routes import make_routes, most_rows, to_rows, to_tokens
 from jdpo.models.experts.routing import ROUTER, MoE
 from jdpo.models.layers import ADAPTERS, SCALES
-from jdpo.models.model_config import MoEConfig
+from jdpo.models.model_config import ClampedGate, MoEConfig
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import LOGICAL_RULES, param_shardings
 from jdpo.types import RouterStats
 
 N, T, D, F, E, K = 8, 5, 8, 6, 8, 3
 CONFIG = MoEConfig(num_experts=E, experts_per_token=K, d_ff=F, normalize=True, aux_loss_coef=0.1)
+# As gpt-oss; most outputs of gate and up are beyond the limit.
+BIASED = {"bias": True, "clamped_gate": ClampedGate(1.7, 2.0)}
 
 Params = dict[str, Any]
 
@@ -43,13 +45,16 @@ def layer(**changes: Any) -> MoE:
     return MoE(config, D, "silu", jnp.float64, jnp.float64)
 
 
-def make_params(seed: int = 0) -> Params:
+def make_params(seed: int = 0, *, bias: bool = False) -> Params:
     rng = np.random.default_rng(seed)
     maps = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
-    return {
+    params = {
         "router": {"kernel": rng.normal(size=(D, E))},
         "experts": {name: {"kernel": rng.normal(size=shape)} for name, shape in maps.items()},
     }
+    for held in (params["router"], *params["experts"].values()) if bias else ():
+        held["bias"] = rng.normal(size=held["kernel"].shape[:-2] + held["kernel"].shape[-1:])
+    return params
 
 
 def make_inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -60,14 +65,19 @@ def make_inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 def plain(params: Params, x: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Returns for one token the layer's output, the router's probabilities and the chosen experts."""
-    logits = x @ params["router"]["kernel"]
+    logits = x @ params["router"]["kernel"] + params["router"].get("bias", 0)
     probabilities = np.exp(logits) / np.exp(logits).sum()
     chosen = np.argsort(-probabilities, kind="stable")[:K]
     weights = probabilities[chosen] / (probabilities[chosen].sum() if normalize else 1)
     out = np.zeros(D)
     for expert, weight in zip(chosen, weights, strict=True):
         gate, up, down = (params["experts"][name]["kernel"][expert] for name in ("gate", "up", "down"))
-        out += weight * ((x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
+        if "bias" in params["router"]:
+            of_gate, of_up, of_down = (params["experts"][name]["bias"][expert] for name in ("gate", "up", "down"))
+            g, u = np.minimum(x @ gate + of_gate, 2.0), np.clip(x @ up + of_up, -2.0, 2.0)
+            out += weight * ((g / (1 + np.exp(-1.7 * g)) * (u + 1)) @ down + of_down)
+        else:
+            out += weight * ((x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
     return out, probabilities, chosen.tolist()
 
 
@@ -84,10 +94,11 @@ def test_a_shared_expert_is_added_whatever_the_routing() -> None:
     np.testing.assert_allclose(found - alone, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_outputs_and_statistics_are_those_of_a_plain_loop(normalize: bool) -> None:
-    params, (x, token_weights) = make_params(), make_inputs()
-    out, left = jax.jit(lambda *args: layer(normalize=normalize).apply({"params": params}, *args, mutable=[ROUTER]))(
+@pytest.mark.parametrize("changes", [{}, {"normalize": False}, BIASED], ids=["plain", "not normalized", "biased"])
+def test_outputs_and_statistics_are_those_of_a_plain_loop(changes: dict[str, Any]) -> None:
+    params, (x, token_weights) = make_params(bias=changes == BIASED), make_inputs()
+    normalize = changes.get("normalize", True)
+    out, left = jax.jit(lambda *args: layer(**changes).apply({"params": params}, *args, mutable=[ROUTER]))(
         x, token_weights
     )
     expected = np.zeros((N, T, D))
@@ -110,11 +121,13 @@ def scalar(params: Params, x: Any, token_weights: Any, module: MoE) -> Any:
     return (jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out).sum() + 0.01 * balance
 
 
-def test_gradients_are_central_differences() -> None:
-    params, (x, token_weights) = make_params(), make_inputs()
-    value = jax.jit(lambda params, x: scalar(params, x, token_weights, layer()))
+@pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biased"])
+def test_gradients_are_central_differences(changes: dict[str, Any]) -> None:
+    bias = changes == BIASED
+    params, (x, token_weights) = make_params(bias=bias), make_inputs()
+    value = jax.jit(lambda params, x: scalar(params, x, token_weights, layer(**changes)))
     of_params, of_x = jax.jit(jax.grad(value, (0, 1)))(params, x)
-    direction, along_x = make_params(5), make_inputs(6)[0]
+    direction, along_x = make_params(5, bias=bias), make_inputs(6)[0]
     along = sum(
         jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), (of_params, of_x), (direction, along_x)))
     )
@@ -135,8 +148,8 @@ def test_gradients_are_central_differences() -> None:
     ids=str,
 )
 def test_meshes_change_nothing(sizes: dict[str, int]) -> None:
-    params, (x, token_weights) = make_params(), make_inputs()
-    module, mesh = layer(), make_mesh(MeshConfig(**sizes))
+    params, (x, token_weights) = make_params(bias=True), make_inputs()
+    module, mesh = layer(**BIASED), make_mesh(MeshConfig(**sizes))
     expected = jax.jit(jax.value_and_grad(lambda *args: scalar(*args, token_weights, module), (0, 1)))(params, x)
     found = on_mesh(module, mesh, params, x, token_weights)(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, expected)

@@ -52,6 +52,21 @@ MULTIPLIERS = {
     "attention_multiplier": 0.3,
     "logits_scaling": 2.5,
 }
+DELTA = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
+TWO_MIXERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 10,
+    "shared_expert_intermediate_size": 12,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("Apertus", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 2}),
     "cohere2": ("Cohere2", {"sliding_window": 3, "sliding_window_pattern": 2, "logit_scale": 0.7, "pad_token_id": 0}),
@@ -91,6 +106,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10, "mlp_only_layers": [1]},
     ),
+    "qwen3_5_text": ("Qwen3_5Text", {**DELTA, **TWO_MIXERS, "tie_word_embeddings": True}),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", {**DELTA, **TWO_MIXERS, **SHARED_EXPERT}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**DELTA, **SHARED_EXPERT, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {"mlp_only_layers": [1], "norm_topk_prob": False},
+    ),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True}),
 }
 SIGHT = {"hidden_size": 8, "intermediate_size": 12, "patch_size": 4}
@@ -120,6 +142,19 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         | {"deepstack_visual_indexes": [0]},
         {"image_token_id": 30, "video_token_id": 31, "vision_start_token_id": 32, "vision_end_token_id": 33}
         | {"tie_word_embeddings": True},
+    ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {**DELTA, **TWO_MIXERS},
+        {**SIGHT, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "num_position_embeddings": 16},
+        {"image_token_id": 30, "video_token_id": 31, "vision_start_token_id": 32, "vision_end_token_id": 33}
+        | {"tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {**DELTA, **TWO_MIXERS, **SHARED_EXPERT},
+        {**SIGHT, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "num_position_embeddings": 16},
+        {"image_token_id": 30, "video_token_id": 31, "vision_start_token_id": 32, "vision_end_token_id": 33},
     ),
 }
 """Multimodal models: name of the class, text_config, vision_config, other settings."""
@@ -179,7 +214,7 @@ def write_case(folder: Path, config: Any) -> None:
     mask[2, :5] = False  # padded left
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     options = {}
-    if hasattr(config, "num_experts"):
+    if hasattr(config.get_text_config(), "num_experts"):
         options = {"output_router_logits": True}
         model.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes
     with torch.no_grad():

@@ -16,9 +16,9 @@ from jdpo.models.transformer import Transformer, make_apply_fn, unroll
 from jdpo.models.weights.loading import load_params
 from tests.golden_models import GOLDEN_MODELS, golden_models
 
-SHORT = ("cohere2", "gemma2", "gpt2", "mixtral")
+SHORT = ("cohere2", "gemma2", "gpt2", "mixtral", "qwen3_5_text")
 """In the default suite: interleaved rotation and layers without rope, soft caps, windows and post-norms, learned
-positions, experts."""
+positions, experts, a delta rule."""
 LENGTHS = np.array([7, 2, 4])
 NUM_ROWS, NUM_TOKENS = 2, 6
 

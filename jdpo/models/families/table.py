@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.models.families.config_readers import cohere, gemma, gpt, gpt_oss, llama, mixtral, qwen
+from jdpo.models.families.config_readers import cohere, gemma, gpt, gpt_oss, llama, mixtral, qwen, qwen_next
 from jdpo.models.families.config_readers.towers import reader_of_text
 from jdpo.models.families.layouts import Layout
 from jdpo.models.families.layouts.expert_names import MIXTRAL, QWEN3_MOE
 from jdpo.models.families.layouts.gpt_names import GPT2, GPT_NEOX
 from jdpo.models.families.layouts.gpt_oss_names import GPT_OSS
 from jdpo.models.families.layouts.llama_names import APERTUS, GEMMA2, LLAMA, OLMO2, PHI3
+from jdpo.models.families.layouts.qwen_next_names import QWEN3_5, QWEN3_NEXT
 from jdpo.models.families.layouts.tower_names import in_tower
 from jdpo.models.model_config import ModelConfig
 
@@ -61,7 +62,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(qwen.qwen2, LLAMA),
     "qwen2_5_vl": tower(qwen2_5_vl_text=Family(qwen.qwen2, LLAMA)),
     "qwen3": Family(qwen.qwen3, LLAMA),
+    "qwen3_5": tower(qwen3_5_text=Family(qwen_next.qwen3_5_text, QWEN3_5)),
+    "qwen3_5_moe": tower(qwen3_5_moe_text=Family(qwen_next.qwen3_5_moe_text, QWEN3_5)),
+    "qwen3_5_moe_text": Family(qwen_next.qwen3_5_moe_text, QWEN3_5),
+    "qwen3_5_text": Family(qwen_next.qwen3_5_text, QWEN3_5),
     "qwen3_moe": Family(qwen.qwen3_moe, QWEN3_MOE),
+    "qwen3_next": Family(qwen_next.qwen3_next, QWEN3_NEXT),
     "qwen3_vl": tower(qwen3_vl_text=Family(qwen.qwen3_vl_text, LLAMA)),
     "smollm3": Family(llama.smollm3, LLAMA),
 }

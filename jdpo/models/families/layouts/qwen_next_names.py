@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jdpo.models.families.layouts.expert_names import QWEN_EXPERTS, SHARED_EXPERT
 from jdpo.models.families.layouts.llama_names import LLAMA, llama_rule
-from jdpo.models.families.layouts.tensor_rules import Rule
+from jdpo.models.families.layouts.tensor_rules import Rule, Spelling
 
 # A head's query is followed by its gate, in the same tensor.
 _GATED_QUERY = (
@@ -50,5 +50,13 @@ def _gated(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 _LAYER = (*_gated(LLAMA.layer), *QWEN_EXPERTS, *SHARED_EXPERT, *_DELTA)
 
-QWEN3_5 = LLAMA._replace(layer=(*_LAYER, *_DELTA_INPUTS))
-QWEN3_NEXT = LLAMA._replace(layer=(*_LAYER, *_DELTA_INPUTS_BY_HEAD))
+# Layers that predict further tokens, which transformers' classes do not have; they read the model's last hidden states.
+_MTP = "mtp."
+
+QWEN3_NEXT = LLAMA._replace(layer=(*_LAYER, *_DELTA_INPUTS_BY_HEAD), carried=(_MTP,))
+QWEN3_5 = LLAMA._replace(
+    layer=(*_LAYER, *_DELTA_INPUTS),
+    # Folders of the text part alone that were made from a multimodal model keep its names.
+    spellings=(Spelling("model.language_model.", "lm_head.weight"),),
+    carried=(_MTP, "model.visual."),
+)

@@ -78,7 +78,7 @@ def blockwise_attention(
       block_size: queries and keys per tile, by default that of `tile_size`.
     """
     length = query_nthk.shape[1]
-    block = tile_size(length, block_size, packed=segments_nt is not None)
+    block = tile_size(length, block_size, packed=segments_nt is not None, window=window)
     padding = ((0, 0), (0, -length % block), (0, 0), (0, 0))
     padded = (jnp.pad(x, padding) if padding[1][1] else x for x in (query_nthk, key_ntgk, value_ntgk))
     options = TileOptions(block, 0, window, softcap, scale)

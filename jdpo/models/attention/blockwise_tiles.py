@@ -75,15 +75,19 @@ def lowest_keys(segments_nt: Any, window: int | None) -> Any:
     return xp.maximum(segments_nt, np.arange(1 - window, segments_nt.shape[1] - window + 1, dtype=np.int32))
 
 
-def tile_size(length: int, block_size: int | None = None, *, packed: bool = False) -> int:
+def tile_size(length: int, block_size: int | None = None, *, packed: bool = False, window: int | None = None) -> int:
     """Returns the number of queries and keys per tile, for rows of this length.
 
     Args:
+      window: number of tokens that a query sees. Tiles much larger than it would be mostly hidden.
       packed: True if a row may hold several sequences. Their starts cut through tiles, so small ones waste less.
+
+    >>> tile_size(2048), tile_size(2048, window=100)
+    (256, 112)
     """
     if packed and not block_size:
         block_size = 48 if length <= 512 else 64  # measured: benchmarks/results/2026-11-30-attention-segments.md
-    return min(block_size, _round_up(length, 16)) if block_size else _even_block(length)
+    return min(block_size, _round_up(length, 16)) if block_size else _even_block(length, window)
 
 
 def group_size(num_rows: int, num_heads: int, block: int, *, packed: bool = False) -> int:
@@ -102,12 +106,15 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _even_block(length: int) -> int:
+def _even_block(length: int, window: int | None) -> int:
     """Returns the block size that fills the length best: 300 positions are three tiles of 112, not of 128.
 
     Small tiles waste less on the diagonal and on padding, large ones less on each step.
     """
     target = 128 if length <= 512 else 256
+    if window is not None:
+        # With tiles as large as the window, a query's keys are in two of them; small tiles cost more in steps.
+        target = min(target, max(64, _round_up(window, 16)))
     # The number of tiles is that of the target size; then the tiles are as small as this number allows.
     return _round_up(-(-length // -(-length // target)), 16)
 

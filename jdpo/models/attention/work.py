@@ -77,7 +77,7 @@ def computed_pairs(
         # Each sequence stops at its own length.
         tiles, group, block = -(-lengths.reshape(-1) // _CUDNN_TILE), 1, _CUDNN_TILE
     else:
-        block = blockwise_tiles.tile_size(length, block_q or block_kv, packed=packed)
+        block = blockwise_tiles.tile_size(length, block_q or block_kv, packed=packed, window=window)
         group = blockwise_tiles.group_size(len(lengths), num_heads, block, packed=packed) if on_cpu else len(lengths)
         if packed:
             return _segmented_pairs(lengths, length, block, group, window)

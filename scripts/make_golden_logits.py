@@ -2,12 +2,14 @@
 
 The tests load each folder and compare, so that parity is checked where torch is not installed.
 
-    python scripts/make_golden_logits.py        # needs the parity extra; rewrites every folder, seeded
+    python scripts/make_golden_logits.py             # needs the parity extra; rewrites every folder, seeded
+    python scripts/make_golden_logits.py olmo3 ..    # only these folders
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,13 @@ SHARED_EXPERT = {
     "moe_intermediate_size": 10,
     "shared_expert_intermediate_size": 12,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.5],
+    "long_factor": [2.0, 3.0, 9.0],
+    "rope_theta": 50.0,
+    "partial_rotary_factor": 0.75,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("Apertus", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 2}),
     "cohere2": ("Cohere2", {"sliding_window": 3, "sliding_window_pattern": 2, "logit_scale": 0.7, "pad_token_id": 0}),
@@ -96,9 +105,37 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {**MULTIPLIERS, "mlp_bias": True}),
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "attention_bias": True}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 6,
+            "rope_parameters": {**YARN_ROPE, "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.8},
+            "num_hidden_layers": 2,
+        },
+    ),
     "mistral": ("Mistral", {"sliding_window": 4, "head_dim": 6}),
     "olmo2": ("Olmo2", {"rope_parameters": YARN_ROPE}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {**TWO_ROPES, "full_attention": YARN_ROPE},
+        },
+    ),
     "phi3": ("Phi3", {"sliding_window": 4, "head_dim": 8, "hidden_size": 32, "partial_rotary_factor": 0.75}),
+    # As Phi-4-mini: a part of each head is rotated, by longrope; grouped queries; a tied head.
+    "phi4_mini": (
+        "Phi3",
+        {
+            "head_dim": 8,
+            "hidden_size": 32,
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 48,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
@@ -113,7 +150,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**DELTA, **SHARED_EXPERT, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
         | {"mlp_only_layers": [1], "norm_topk_prob": False},
     ),
+    "seed_oss": ("SeedOss", {"head_dim": 6, "attention_out_bias": True}),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 4}),
 }
 SIGHT = {"hidden_size": 8, "intermediate_size": 12, "patch_size": 4}
 TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -161,8 +200,11 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
 
 
 def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
-    for name in [*CASES, *TOWERS]:
+    names = sys.argv[1:]
+    # A folder that no case writes is removed, too.
+    for name in names or sorted(path.name for path in OUT.iterdir()):
+        shutil.rmtree(OUT / name, ignore_errors=True)
+    for name in names or [*CASES, *TOWERS]:
         write_case(OUT / name, tower_config(name) if name in TOWERS else text_config(name))
         print(f"{OUT / name}")
 

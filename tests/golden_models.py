@@ -11,8 +11,8 @@ import pytest
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "logits"
 
 LIKE_ANOTHER = (
-    *("ernie4_5", "gemma3", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-    "qwen3_vl",
+    *("ernie4_5", "gemma3", "mistral3", "olmo3", "phi4_mini", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_vl", "seed_oss", "starcoder2"),
 )
 """Families whose mechanisms other folders show; the default suite leaves them out."""
 

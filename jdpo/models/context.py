@@ -24,12 +24,14 @@ class Context(NamedTuple):
     Attributes:
       ropes: the tables of `ModelConfig.ropes`, in the same order.
       token_weights: [n, t], weights of tokens in a router's statistics; 0 on padding.
+      query_factors: [n, t, 1, 1], factors of queries, for a model with `ModelConfig.query_scaling`.
       positions, mask: int and bool [n, t].
       lengths: int [n], of right-padded prompts.
     """
 
     ropes: tuple[RopeTables, ...]
     token_weights: jax.Array
+    query_factors: jax.Array | None = None
     positions: jax.Array | None = None
     mask: jax.Array | None = None
     packed: PackedSequences | None = None

@@ -56,6 +56,14 @@ class LayerKind:
     mixer: Literal["attention", "delta"] = "attention"
 
 
+@dataclass(frozen=True, kw_only=True)
+class QueryScaling:
+    """Factors of queries that grow with the position, as in Llama 4: 1 + beta * log(1 + floor(position / length))."""
+
+    beta: float
+    length: int  # in tokens; earlier queries have the factor 1
+
+
 NormKind = Literal["rms", "rms_wide", "rms_offset", "layer", "layer_no_bias"]
 """The formula of a norm, see `jdpo.models.layers.Norm`."""
 
@@ -125,6 +133,7 @@ class ModelConfig:
     attention_scale: float | None = None  # factor of scores; None for head_dim**-0.5
     attention_softcap: float | None = None  # scores become c * tanh(scores / c)
     attention_sinks: bool = False  # every softmax has one more score, learned by each head, without a value
+    query_scaling: QueryScaling | None = None
 
     norm: NormKind = "rms"
     norm_placement: Literal["before", "after", "both"] = "before"  # of attention and MLP, inside the residual branch

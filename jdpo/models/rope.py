@@ -1,5 +1,7 @@
 """Rotary position embedding, in the half-split layout of most Hugging Face checkpoints or in the interleaved one.
 
+Also the scaling of queries by their position.
+
 Axes: n sequences, t positions, h heads, k head width.
 """
 
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.models.model_config import RopeConfig
+from jdpo.models.model_config import QueryScaling, RopeConfig
 
 RopeTables = tuple[jax.Array, jax.Array]
 """Cosines and sines [n, t, 1, rotated pairs], see `rope_tables`."""
@@ -94,3 +96,16 @@ def _rotate_neighbours(wide_nthk: jax.Array, cos: jax.Array, sin: jax.Array) -> 
     partner = jnp.where(is_first, -jnp.roll(turned, -1, -1), jnp.roll(turned, 1, -1))
     rotated = turned * jnp.repeat(cos, 2, -1) + partner * jnp.repeat(sin, 2, -1)
     return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated
+
+
+def query_factors(positions_nt: jax.Array, scaling: QueryScaling | None, dtype: Any) -> jax.Array | None:
+    """Returns the factor [n, t, 1, 1] of the query at each position, which broadcasts over heads; None without scaling.
+
+    >>> factors = query_factors(jnp.array([[0, 15, 16]]), QueryScaling(beta=0.5, length=16), jnp.float32)
+    >>> [round(float(factor), 2) for factor in factors.ravel()]
+    [1.0, 1.0, 1.35]
+    """
+    if scaling is None:
+        return None
+    blocks = positions_nt[:, :, None, None] // scaling.length
+    return 1 + scaling.beta * jnp.log1p(blocks.astype(dtype))

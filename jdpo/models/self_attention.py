@@ -99,6 +99,8 @@ class Attention(nn.Module):
             # The tables are computed once per distinct rope, not in every layer.
             tables = context.ropes[config.ropes.index(self.kind.rope)]
             query, key = (apply_rope(x, tables, interleaved=self.kind.rope.interleaved) for x in (query, key))
+        if context.query_factors is not None:
+            query = query * context.query_factors.astype(query.dtype)
         sinks = self._sinks() if config.attention_sinks else None
         kept: LayerCache | LayerKeys | None = None
         # Keys are kept after their rotation, so that none is rotated again in a later step.

@@ -23,7 +23,7 @@ from jdpo.models.mesh_axes import constrain_weight
 from jdpo.models.model_config import LayerPattern, ModelConfig, layer_pattern
 from jdpo.models.packed_attention import PackedSequences, num_readers
 from jdpo.models.remat import check_remat
-from jdpo.models.rope import RopeTables, rope_tables
+from jdpo.models.rope import query_factors, rope_tables
 from jdpo.models.self_attention import AttentionSettings
 from jdpo.types import Routed
 
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         mask = attention_mask.astype(bool)
         # Positions count real tokens only, so that left padding does not shift them.
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        context = Context(self._ropes(positions), mask, positions, mask)
+        context = self._context(positions, mask, positions=positions, mask=mask)
         return self._run(tokens, positions, None, context)[0]
 
     def packed_hidden_and_head(
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
           sequences: see `packed_sequences`.
         """
         # A pair's prompt is computed once but belongs to two sequences, so the router's statistics count it twice.
-        context = Context(self._ropes(positions), num_readers(sequences), packed=sequences)
+        context = self._context(positions, num_readers(sequences), packed=sequences)
         hidden = self._run(tokens, positions, None, context)[0]
         # Split as it is stored, in the compute dtype: whoever loops over chunks of tokens gathers it before the loop.
         return hidden, constrain_weight(self.head_kernel(), ("embed", self._outputs_axis))
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
           DeltaNet's state.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        context = Context(self._ropes(positions), positions < lengths[:, None], lengths=lengths)
+        context = self._context(positions, positions < lengths[:, None], lengths=lengths)
         hidden, keys = self._run(tokens, positions, None, context)
         # Gathered before the head: the logits of all columns would be [n, t, v].
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
@@ -204,15 +204,18 @@ class Transformer(nn.Module):
         slots = next((cache.num_slots for cache in caches if isinstance(cache, LayerCache)), (0, 0))
         # Once per distinct window, not in every layer.
         visible = tuple(visible_slots(prompt_lengths, index, *slots, window) for window in self.config.windows)
-        context = Context(self._ropes(positions), is_real, tails=Tails(index, visible))
+        context = self._context(positions, is_real, tails=Tails(index, visible))
         by_layer = {"rest": {f"layer_{i}": cache for i, cache in enumerate(caches)}}
         hidden, kept = self._run(tokens, positions, by_layer, context)
         return self.logits(hidden), tuple(kept["rest"][name] for name in by_layer["rest"])
 
-    def _ropes(self, positions: jax.Array) -> tuple[RopeTables, ...]:
+    def _context(self, positions: jax.Array, token_weights: jax.Array, /, **visible: Any) -> Context:
+        config = self.config
         # bfloat16 has no exact integers above 256, so the angles of later positions would be wrong.
         dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
-        return tuple(rope_tables(positions, rope, self.config.head_dim, dtype) for rope in self.config.ropes)
+        ropes = tuple(rope_tables(positions, rope, config.head_dim, dtype) for rope in config.ropes)
+        factors = query_factors(positions, config.query_scaling, dtype)
+        return Context(ropes, token_weights, factors, **visible)
 
     def _pattern(self) -> LayerPattern:
         pattern = layer_pattern(self.config)

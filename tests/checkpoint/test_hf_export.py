@@ -20,9 +20,9 @@ from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.models.weights.embedding_rows import started_rows
 from jdpo.models.weights.loading import load_params
 from jdpo.models.weights.resize import resize_embeddings
+from tests.golden_models import GOLDEN_MODELS as GOLDEN
 from tests.golden_models import golden_models
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -302,7 +302,7 @@ def test_wrong_options(export: Callable[..., Path], tokenizer: Any) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
+@pytest.mark.parametrize("case", golden_models())
 def test_transformers_loads_the_folder_and_gives_the_same_logits(export: Callable[..., Path], case: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM

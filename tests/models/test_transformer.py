@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +23,9 @@ from jdpo.models.transformer import (
 )
 from jdpo.models.weights.loading import load_params
 from jdpo.types import Routed
+from tests.golden_models import GOLDEN_MODELS as GOLDEN
 from tests.golden_models import golden_models
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 RULES = (("batch", "data"), ("act_heads", "tensor"), ("act_mlp", "tensor"), ("act_vocab", "tensor"))
 
 

@@ -35,6 +35,16 @@ TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+SCALED_QUERIES = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 3,
+    "beta_fast": 4.0,
+    "rope_theta": 50.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.7,
+}
 MIXED = {
     "use_sliding_window": True,
     "sliding_window": 3,
@@ -106,6 +116,38 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen2_5_VL", {"rope_parameters": YARN, "tie_word_embeddings": True, **MIXED}),
     ("Qwen3VL", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True}}),
     ("Qwen3VL", {"rope_parameters": YARN, "tie_word_embeddings": True, "attention_bias": True}),
+    # As Phi-4-mini.
+    (
+        "Phi3",
+        {
+            "rope_parameters": LONGROPE,
+            "head_dim": 8,
+            "original_max_position_embeddings": 32,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+        },
+    ),
+    ("Olmo3", {"sliding_window": 3, "num_hidden_layers": 5}),
+    ("Olmo3", {**MIXED, "rope_parameters": TWO_ROPES, "attention_bias": True, "tie_word_embeddings": True}),
+    ("Ministral3", {"rope_parameters": SCALED_QUERIES}),
+    (
+        "Ministral3",
+        {
+            "rope_parameters": {**SCALED_QUERIES, "original_max_position_embeddings": 2},
+            "sliding_window": 4,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 2,
+        },
+    ),
+    ("SeedOss", {}),
+    (
+        "SeedOss",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    ("Starcoder2", {"tie_word_embeddings": True}),
+    ("Starcoder2", {"use_bias": False, "sliding_window": 3, "tie_word_embeddings": False}),
 ]
 CASE_NAMES = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.models.families.config_readers import cohere, gemma, gpt, gpt_oss, llama, mixtral, qwen, qwen_next
+from jdpo.models.families.config_readers import cohere, gemma, gpt, gpt_oss, llama, mixtral, qwen, qwen_next, starcoder
 from jdpo.models.families.config_readers.towers import reader_of_text
 from jdpo.models.families.layouts import Layout
 from jdpo.models.families.layouts.expert_names import MIXTRAL, QWEN3_MOE
 from jdpo.models.families.layouts.gpt_names import GPT2, GPT_NEOX
 from jdpo.models.families.layouts.gpt_oss_names import GPT_OSS
-from jdpo.models.families.layouts.llama_names import APERTUS, GEMMA2, LLAMA, OLMO2, PHI3
+from jdpo.models.families.layouts.llama_names import APERTUS, GEMMA2, LLAMA, OLMO2, PHI3, STARCODER2
 from jdpo.models.families.layouts.qwen_next_names import QWEN3_5, QWEN3_NEXT
 from jdpo.models.families.layouts.tower_names import in_tower
 from jdpo.models.model_config import ModelConfig
@@ -54,10 +54,12 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(gpt_oss.gpt_oss, GPT_OSS),
     "granite": Family(llama.granite, LLAMA),
     "llama": Family(llama.llama, LLAMA),
+    "ministral3": Family(llama.ministral3, LLAMA),
     "mistral": Family(llama.mistral, LLAMA),
     "mistral3": tower(mistral=Family(llama.mistral, LLAMA)),
     "mixtral": Family(mixtral.mixtral, MIXTRAL),
     "olmo2": Family(llama.olmo2, OLMO2),
+    "olmo3": Family(llama.olmo3, OLMO2),
     "phi3": Family(llama.phi3, PHI3),
     "qwen2": Family(qwen.qwen2, LLAMA),
     "qwen2_5_vl": tower(qwen2_5_vl_text=Family(qwen.qwen2, LLAMA)),
@@ -69,5 +71,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(qwen.qwen3_moe, QWEN3_MOE),
     "qwen3_next": Family(qwen_next.qwen3_next, QWEN3_NEXT),
     "qwen3_vl": tower(qwen3_vl_text=Family(qwen.qwen3_vl_text, LLAMA)),
+    "seed_oss": Family(llama.seed_oss, LLAMA),
     "smollm3": Family(llama.smollm3, LLAMA),
+    "starcoder2": Family(starcoder.starcoder2, STARCODER2),
 }

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "Phi3": ({}, "all-linear"),
     "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}, ["c_attn", "attn.c_proj"]),
     "GPTNeoX": ({"hidden_size": 32}, ["query_key_value", "dense", "dense_4h_to_h"]),
+    "Starcoder2": ({"sliding_window": 4}, "all-linear"),
 }
 
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 6, "num_hidden_layers": 2}

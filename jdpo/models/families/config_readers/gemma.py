@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jdpo.models.families.config_readers.llama import by_window
+from jdpo.models.families.config_readers.llama import by_layer_type, by_window
 from jdpo.models.families.config_readers.numbers_above_zero import above_zero
-from jdpo.models.families.config_readers.ropes import rope_of
-from jdpo.models.families.config_readers.shared import activation_of, decoder, same_layers, windows_of
-from jdpo.models.model_config import LayerKind, ModelConfig
+from jdpo.models.families.config_readers.shared import activation_of, decoder, same_layers
+from jdpo.models.model_config import ModelConfig
 
 
 def _gemma_like(hf_config: Any, *, activation: str, **mechanisms: Any) -> ModelConfig:
@@ -46,11 +45,8 @@ def _gemma2_mechanisms(hf_config: Any) -> dict[str, Any]:
 
 
 def gemma3_text(hf_config: Any) -> ModelConfig:
-    types = zip(hf_config.layer_types, windows_of(hf_config), strict=True)
-    # Layers with a window have a rope of their own, with shorter waves.
-    ropes = {kind: rope_of(hf_config, kind) for kind in set(hf_config.layer_types)}
-    layers = tuple(LayerKind(rope=ropes[kind], window=window) for kind, window in types)
     mechanisms = _gemma2_mechanisms(hf_config)
     if mechanisms["attention_softcap"] is not None:  # transformers' class reads it and does not use it
         raise ValueError("attn_logit_softcapping: not a setting that models of the family gemma3_text follow")
-    return _gemma_like(hf_config, layers=layers, qk_norm="head", **mechanisms)
+    # Layers with a window have a rope of their own, with shorter waves.
+    return _gemma_like(hf_config, layers=by_layer_type(hf_config), qk_norm="head", **mechanisms)

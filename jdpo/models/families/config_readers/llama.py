@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
-from jdpo.models.families.config_readers.numbers_above_zero import above_zero
+from jdpo.models.families.config_readers.numbers_above_zero import above_zero, positive
 from jdpo.models.families.config_readers.ropes import rope_of
 from jdpo.models.families.config_readers.shared import activation_of, decoder, same_layers, windows_of
-from jdpo.models.model_config import LayerKind, ModelConfig
+from jdpo.models.model_config import LayerKind, ModelConfig, QueryScaling
 
 
 def llama_like(hf_config: Any, *, layers: tuple[LayerKind, ...], **mechanisms: Any) -> ModelConfig:
@@ -27,6 +28,13 @@ def by_window(hf_config: Any) -> tuple[LayerKind, ...]:
     return tuple(LayerKind(rope=rope, window=window) for window in windows_of(hf_config))
 
 
+def by_layer_type(hf_config: Any) -> tuple[LayerKind, ...]:
+    """Returns layers whose window and rope are those of their type."""
+    types = zip(hf_config.layer_types, windows_of(hf_config), strict=True)
+    ropes = {layer_type: rope_of(hf_config, layer_type) for layer_type in set(hf_config.layer_types)}
+    return tuple(LayerKind(rope=ropes[layer_type], window=window) for layer_type, window in types)
+
+
 def llama(hf_config: Any) -> ModelConfig:
     return llama_like(hf_config, layers=same_layers(hf_config))
 
@@ -34,6 +42,21 @@ def llama(hf_config: Any) -> ModelConfig:
 def mistral(hf_config: Any) -> ModelConfig:
     layers = same_layers(hf_config, window=hf_config.sliding_window)
     return decoder(hf_config, layers=layers, activation=activation_of(hf_config))
+
+
+def ministral3(hf_config: Any) -> ModelConfig:
+    # Written as a setting of the rope, whose angles it does not change: queries are scaled by their position.
+    beta = hf_config.rope_parameters.get("llama_4_scaling_beta")
+    length = hf_config.rope_parameters.get("original_max_position_embeddings")
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < math.inf:
+        raise ValueError(f"llama_4_scaling_beta of rope_parameters: expected a number of 0 or more, found {beta!r}")
+    scaling = QueryScaling(beta=float(beta), length=int(positive("original_max_position_embeddings", length)))
+    return decoder(
+        hf_config,
+        layers=same_layers(hf_config, window=hf_config.sliding_window),
+        activation=activation_of(hf_config),
+        query_scaling=scaling if beta else None,
+    )
 
 
 def smollm3(hf_config: Any) -> ModelConfig:
@@ -61,10 +84,16 @@ def granite(hf_config: Any) -> ModelConfig:
     )
 
 
+# OLMo 2 normalizes the output of each branch, and not its input.
+_OLMO = {"norm": "rms_wide", "norm_placement": "after", "qk_norm": "width"}
+
+
 def olmo2(hf_config: Any) -> ModelConfig:
-    # OLMo 2 normalizes the output of each branch, and not its input.
-    mechanisms = {"norm": "rms_wide", "norm_placement": "after", "qk_norm": "width"}
-    return llama_like(hf_config, layers=same_layers(hf_config), **mechanisms)
+    return llama_like(hf_config, layers=same_layers(hf_config), **_OLMO)
+
+
+def olmo3(hf_config: Any) -> ModelConfig:
+    return llama_like(hf_config, layers=by_layer_type(hf_config), **_OLMO)
 
 
 def phi3(hf_config: Any) -> ModelConfig:
@@ -96,3 +125,7 @@ def ernie4_5(hf_config: Any) -> ModelConfig:
         o_bias=bias,
         mlp_bias=bias,
     )
+
+
+def seed_oss(hf_config: Any) -> ModelConfig:
+    return llama_like(hf_config, layers=same_layers(hf_config), o_bias=bool(hf_config.attention_out_bias))

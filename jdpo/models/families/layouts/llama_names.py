@@ -86,3 +86,15 @@ APERTUS = LLAMA._replace(
     )
 )
 PHI3 = LLAMA._replace(layer=(_ATTENTION_BEFORE, *_FUSED_ATTENTION, *_OUTPUT, _MLP_BEFORE, *_FUSED_MLP, *_DOWN))
+STARCODER2 = LLAMA._replace(
+    last=(*LLAMA.last, Rule("model.norm.bias", ("final_norm", "bias"), "d -> d")),
+    layer=(
+        *(_ATTENTION_BEFORE, llama_rule("input_layernorm.bias", "attention_norm.bias", "d -> d")),
+        *(*_ATTENTION, *_OUTPUT),
+        *(_MLP_BEFORE, llama_rule("post_attention_layernorm.bias", "mlp_norm.bias", "d -> d")),
+        llama_rule("mlp.c_fc.weight", "mlp.up.kernel", "f d -> d f"),
+        llama_rule("mlp.c_fc.bias", "mlp.up.bias", "f -> f"),
+        llama_rule("mlp.c_proj.weight", "mlp.down.kernel", "d f -> f d"),
+        llama_rule("mlp.c_proj.bias", "mlp.down.bias", "d -> d"),
+    ),
+)

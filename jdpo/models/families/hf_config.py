@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jdpo.json_files import read_json
 from jdpo.models.families.config_readers.towers import is_tied
+from jdpo.models.families.recorded_config import RecordedConfig, refuse_unread
 from jdpo.models.families.table import FAMILIES
 from jdpo.models.model_config import ModelConfig
 from jdpo.quiet_transformers import be_quiet
@@ -104,8 +105,11 @@ def _hf_config(folder: Path) -> Any:
 
 
 def _model_config(folder: Path, hf_config: Any) -> ModelConfig:
+    recorded = RecordedConfig(hf_config, _read_config(folder))
     try:
-        return FAMILIES[hf_config.model_type].read(hf_config)
+        config = FAMILIES[hf_config.model_type].read(recorded)
+        refuse_unread(recorded)
+        return config
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
 

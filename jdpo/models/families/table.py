@@ -56,7 +56,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(llama.llama, LLAMA),
     "ministral3": Family(llama.ministral3, LLAMA),
     "mistral": Family(llama.mistral, LLAMA),
-    "mistral3": tower(mistral=Family(llama.mistral, LLAMA)),
+    "mistral3": tower(mistral=Family(llama.mistral, LLAMA), ministral3=Family(llama.ministral3, LLAMA)),
     "mixtral": Family(mixtral.mixtral, MIXTRAL),
     "olmo2": Family(llama.olmo2, OLMO2),
     "olmo3": Family(llama.olmo3, OLMO2),

@@ -23,9 +23,10 @@ def rope_of(hf_config: Any, layer_type: str | None = None, *, partial: bool = Fa
     Raises:
       ValueError: the decoder lacks the type of rope or one of its settings.
     """
-    parameters = dict(hf_config.rope_parameters or {})
+    # Not copied: what is read of it is recorded, and the rest is refused.
+    parameters = hf_config.rope_parameters or {}
     if layer_type is not None:
-        parameters = dict(parameters[layer_type])
+        parameters = parameters[layer_type]
     nested = [key for key, value in parameters.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(
@@ -70,8 +71,8 @@ def _yarn_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, Any]
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
     attention_factor = parameters.get("attention_factor")
+    scale, all_dims = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if attention_factor is None:
-        scale, all_dims = parameters.get("mscale"), parameters.get("mscale_all_dim")
         attention_factor = magnitude(scale) / magnitude(all_dims) if scale and all_dims else magnitude(1.0)
     return {
         "factor": factor,

@@ -144,9 +144,9 @@ def windows_of(hf_config: Any) -> tuple[int | None, ...]:
             f"layer_types: {unknown[0]!r} is not supported; supported are {FULL_ATTENTION}, {SLIDING_ATTENTION}"
         )
     # Qwen's configs keep a window that use_sliding_window turns off.
-    is_off = hf_config.sliding_window is None or getattr(hf_config, "use_sliding_window", True) is False
-    if SLIDING_ATTENTION in layer_types and is_off:
+    window = hf_config.sliding_window if getattr(hf_config, "use_sliding_window", True) else None
+    if SLIDING_ATTENTION in layer_types and window is None:
         raise ValueError(
             "layer_types has sliding_attention, but sliding_window is not set or use_sliding_window is false"
         )
-    return tuple(hf_config.sliding_window if kind == SLIDING_ATTENTION else None for kind in layer_types)
+    return tuple(window if kind == SLIDING_ATTENTION else None for kind in layer_types)

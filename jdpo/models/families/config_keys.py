@@ -1,0 +1,106 @@
+"""Keys of config.json that may be set although no reader of a family follows them.
+
+Every other key is refused, see `jdpo.models.families.recorded_config`. A key belongs here only if transformers' own
+class of the family computes the same results for every accepted value, which its modeling file shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Values = tuple[Any, ...]
+
+OFF: Values = (None, False, 0, "", [], {})
+"""Values that turn off a setting that is not in the tables."""
+
+CHANGE_NOTHING: frozenset[str] = frozenset(
+    {
+        # About the file.
+        *("architectures", "auto_map", "configuration_files", "custom_pipelines", "dtype", "license"),
+        *("name", "revision", "tags", "torch_dtype", "transformers.js_config", "transformers_version"),
+        *("unsloth_fixed", "unsloth_version"),
+        # About the tokenizer.
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
+        *("model_max_length", "tokenizer_class", "vocab_file"),
+        # What a forward pass returns, apart from logits.
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache"),
+        *("num_logits_to_keep", "tie_last_hidden_states"),
+        # Other ways to compute the same values.
+        *("attention_softmax_in_fp32", "cache_implementation", "chunk_size_feed_forward", "flash_attn"),
+        *("gradient_checkpointing", "pretraining_tp", "reorder_and_upcast_attn", "scale_attention_softmax_in_fp32"),
+        *("use_flash_attention", "use_flash_attn", "attn_implementation"),
+        # Random weights to start from.
+        *("initializer_range", "init_std", "mup_init", "initializer_factor"),
+        # Dropout, which preference training does not use.
+        *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout", "dropout"),
+        *("embd_pdrop", "embedding_dropout", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop"),
+        "residual_dropout",
+        # Heads of classifiers; reward models have one label and no other setting, see `read_reward_config`.
+        *("finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
+        *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+        # `is_decoder` adds a causal mask to encoders; the families here are causal without it.
+        "is_decoder",
+    }
+)
+"""Keys that change no forward pass in any family, whatever their value."""
+
+MEAN_NOTHING: dict[str, Values] = {
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1),
+    "embedding_scale": (None, 1),
+    "factor": (None, 1),  # these six of rope_parameters
+    "attention_factor": (None, 1),
+    "mscale": (None, 1),
+    "mscale_all_dim": (None, 0, 1),
+    "long_mscale": (None, 1),
+    "short_mscale": (None, 1),
+    "interpolate_factor": (None, 1),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "residual_multiplier": (None, 1),
+    "routed_scaling_factor": (None, 1),
+    "scale_attn_weights": (None, True),
+    "use_rope": (None, True),
+}
+"""Values that mean nothing, of keys for which they are not those of `OFF`, or not all of these."""
+
+OF_ROPES: frozenset[str] = frozenset(
+    {
+        "rope_type",
+        "type",  # the old name of rope_type
+        "rope_theta",
+        # Lengths select no formula by themselves: rope types that have one read it.
+        *("original_max_position_embeddings", "max_position_embeddings", "finetuned"),
+        "long_factor",  # for sequences above the original length, which are refused
+        # Ropes of types that no layer has.
+        *("full_attention", "sliding_attention"),
+    }
+)
+"""Keys of rope_parameters that may be set although the rope's type does not read them."""
+
+OF_FAMILY: dict[str, dict[str, Values | None]] = {
+    # transformers' classes turn these into layer_types or a window, which is read.
+    "gemma3_text": {"sliding_window_pattern": None},
+    "qwen2": {"max_window_layers": None, "use_mrope": (False,)},
+    "qwen3": {"max_window_layers": None, "use_qk_norm": (True,)},
+    "smollm3": {"no_rope_layer_interval": None, "max_window_layers": None},
+    "gpt2": {"n_ctx": None},  # an old name of n_positions
+    # SmolLM2: pairs of a rope that are not interleaved, as in every Llama.
+    "llama": {"is_llama_config": (True,), "rope_interleaved": (False,)},
+    # Moved into rope_parameters, where it is read.
+    "phi3": {"original_max_position_embeddings": None, "partial_rotary_factor": None, "full_attn_mod": (1,)},
+    "qwen3_moe": {
+        "max_window_layers": None,  # of the dense family; with a window, all layers of this one have it
+        "use_qk_norm": (True,),
+        # Read if a layer has experts.
+        **dict.fromkeys(("moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok", "router_aux_loss_coef")),
+    },
+    # Names of settings of the class that trained it; transformers reads hidden_act, norm_epsilon and use_bias.
+    "starcoder2": {
+        "activation_function": None,
+        "layer_norm_epsilon": None,
+        "mlp_type": ("default",),
+        "norm_type": ("layer_norm",),
+    },
+}
+"""Keys of single families: with the accepted values, or with None if every value is."""

@@ -71,6 +71,8 @@ OF_ROPES: frozenset[str] = frozenset(
         "rope_theta",
         # Lengths select no formula by themselves: rope types that have one read it.
         *("original_max_position_embeddings", "max_position_embeddings", "finetuned"),
+        # In a row without images a token has one position in all sections, which makes the rope a plain one.
+        *("mrope_section", "mrope_interleaved"),
         "long_factor",  # for sequences above the original length, which are refused
         # Ropes of types that no layer has.
         *("full_attention", "sliding_attention"),
@@ -78,7 +80,21 @@ OF_ROPES: frozenset[str] = frozenset(
 )
 """Keys of rope_parameters that may be set although the rope's type does not read them."""
 
+# Settings of images and of the tensors around the text part, which no row reaches; the tie is set in text_config.
+_OF_IMAGES: dict[str, Values | None] = dict.fromkeys(
+    (
+        *("boi_token_index", "eoi_token_index", "image_token_id", "image_token_index", "mm_tokens_per_image"),
+        *("multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "tie_word_embeddings"),
+        *("video_token_id", "vision_config", "vision_end_token_id", "vision_feature_layer", "vision_start_token_id"),
+    )
+)
+
 OF_FAMILY: dict[str, dict[str, Values | None]] = {
+    "gemma3": _OF_IMAGES,
+    "mistral3": _OF_IMAGES,
+    "qwen2_5_vl": _OF_IMAGES,
+    "qwen2_5_vl_text": {"max_window_layers": None},
+    "qwen3_vl": _OF_IMAGES,
     # transformers' classes turn these into layer_types or a window, which is read.
     "gemma3_text": {"sliding_window_pattern": None},
     "qwen2": {"max_window_layers": None, "use_mrope": (False,)},

@@ -100,7 +100,8 @@ def _hf_config(folder: Path) -> Any:
             ) from None
         raise ValueError(f"{folder}/config.json: transformers cannot read it: {error}") from error
     if hasattr(found, "text_config"):
-        found.tie_word_embeddings = is_tied(raw, found)
+        # A setting of the whole model, which text_config may lack.
+        found.text_config.tie_word_embeddings = is_tied(raw, found)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,14 +21,12 @@ def reader_of_text(readers: Mapping[str, Reader]) -> Reader:
 
     def read(hf_config: Any) -> ModelConfig:
         refuse_unsupported(hf_config)
-        text = copy.copy(hf_config.text_config)
+        text = hf_config.text_config
         if text.model_type not in readers:
             raise ValueError(
                 f"text_config: model_type {text.model_type!r} is not supported in a model of the family "
                 f"{hf_config.model_type}; supported are {', '.join(readers)}"
             )
-        # A setting of the whole model, which text_config may lack; see `is_tied`.
-        text.tie_word_embeddings = hf_config.tie_word_embeddings
         try:
             return dataclasses.replace(readers[text.model_type](text), family=hf_config.model_type)
         except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.models.families.config_readers import cohere, gemma, gpt, gpt_oss, llama, mixtral, qwen, qwen_next, starcoder
+from jdpo.models.families.config_readers import cohere, gemma, gpt, gpt_oss, llama, mixtral, qwen, qwen_next
 from jdpo.models.families.config_readers.towers import reader_of_text
 from jdpo.models.families.layouts import Layout
 from jdpo.models.families.layouts.expert_names import MIXTRAL, QWEN3_MOE
@@ -73,5 +73,5 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": tower(qwen3_vl_text=Family(qwen.qwen3_vl_text, LLAMA)),
     "seed_oss": Family(llama.seed_oss, LLAMA),
     "smollm3": Family(llama.smollm3, LLAMA),
-    "starcoder2": Family(starcoder.starcoder2, STARCODER2),
+    "starcoder2": Family(gpt.starcoder2, STARCODER2),
 }

@@ -14,14 +14,14 @@ from jdpo.models.families import FAMILIES, read_model_config
 from jdpo.models.families.config_keys import CHANGE_NOTHING, MEAN_NOTHING, OF_FAMILY
 from jdpo.models.families.hf_config import _hf_config
 from jdpo.models.families.recorded_config import RecordedConfig, changes_nothing
-from tests.golden_logits import ALL_NAMES, GOLDEN
+from tests.golden_models import GOLDEN_MODELS as GOLDEN
 
 
 def config_of(name: str) -> dict[str, Any]:
     return json.loads((GOLDEN / name / "config.json").read_text())
 
 
-FOLDERS = {config_of(name)["model_type"]: name for name in ALL_NAMES}
+FOLDERS = {config_of(name)["model_type"]: name for name in sorted(path.name for path in GOLDEN.iterdir())}
 """A golden folder of each family."""
 
 

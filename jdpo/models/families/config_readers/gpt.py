@@ -1,4 +1,4 @@
-"""Reads config.json of GPT-2 and GPT-NeoX."""
+"""Reads config.json of GPT-2, GPT-NeoX and StarCoder2, which have LayerNorm and an MLP without a gate."""
 
 from __future__ import annotations
 
@@ -52,4 +52,19 @@ def gpt_neox(hf_config: Any) -> ModelConfig:
         activation=activation_of(hf_config),
         gated_mlp=False,
         mlp_bias=True,
+    )
+
+
+def starcoder2(hf_config: Any) -> ModelConfig:
+    bias = bool(hf_config.use_bias)
+    return decoder(
+        hf_config,
+        layers=same_layers(hf_config, window=hf_config.sliding_window),
+        norm_eps=float(hf_config.norm_epsilon),
+        norm="layer",
+        qkv_bias=bias,
+        o_bias=bias,
+        activation=activation_of(hf_config),
+        gated_mlp=False,
+        mlp_bias=bias,
     )

@@ -17,8 +17,9 @@ CHANGE_NOTHING: frozenset[str] = frozenset(
     {
         # About the file.
         *("architectures", "auto_map", "configuration_files", "custom_pipelines", "dtype", "license"),
-        *("name", "revision", "tags", "torch_dtype", "transformers.js_config", "transformers_version"),
+        *("model_name", "name", "revision", "tags", "torch_dtype", "transformers.js_config", "transformers_version"),
         *("unsloth_fixed", "unsloth_version"),
+        "ignore_keys_at_rope_validation",  # written by transformers' own classes
         # About the tokenizer.
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
         *("model_max_length", "tokenizer_class", "vocab_file"),
@@ -89,12 +90,38 @@ _OF_IMAGES: dict[str, Values | None] = dict.fromkeys(
     )
 )
 
+_OF_DELTA: dict[str, Values | None] = {
+    # Read if a layer has a gated DeltaNet.
+    **dict.fromkeys(
+        (
+            *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+            "linear_conv_kernel_dim",
+        )
+    ),
+    "full_attention_interval": None,  # transformers' classes turn it into layer_types
+    "mamba_ssm_dtype": ("float32",),  # of the states, as here
+    # Of tensors that predict further tokens, which are carried and not trained.
+    **dict.fromkeys(("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "num_nextn_predict_layers")),
+}
+# Read if a layer has experts.
+_OF_EXPERTS: dict[str, Values | None] = dict.fromkeys(
+    (
+        *("moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok", "router_aux_loss_coef"),
+        "shared_expert_intermediate_size",
+    )
+)
+
 OF_FAMILY: dict[str, dict[str, Values | None]] = {
     "gemma3": _OF_IMAGES,
     "mistral3": _OF_IMAGES,
     "qwen2_5_vl": _OF_IMAGES,
     "qwen2_5_vl_text": {"max_window_layers": None},
+    "qwen3_5": _OF_IMAGES,
+    "qwen3_5_moe": _OF_IMAGES,
     "qwen3_vl": _OF_IMAGES,
+    "qwen3_next": {**_OF_DELTA, **_OF_EXPERTS},
+    "qwen3_5_text": _OF_DELTA,
+    "qwen3_5_moe_text": _OF_DELTA,
     # transformers' classes turn these into layer_types or a window, which is read.
     "gemma3_text": {"sliding_window_pattern": None},
     "qwen2": {"max_window_layers": None, "use_mrope": (False,)},
@@ -108,8 +135,7 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
     "qwen3_moe": {
         "max_window_layers": None,  # of the dense family; with a window, all layers of this one have it
         "use_qk_norm": (True,),
-        # Read if a layer has experts.
-        **dict.fromkeys(("moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok", "router_aux_loss_coef")),
+        **_OF_EXPERTS,
     },
     # Names of settings of the class that trained it; transformers reads hidden_act, norm_epsilon and use_bias.
     "starcoder2": {

@@ -52,6 +52,11 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "Starcoder2": ({"sliding_window": 4}, "all-linear"),
 }
 
+# Tensors with the maps of all experts, which PEFT adapts as parameters; gate and up share an A.
+IN_ONE_TENSOR = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 6, "sliding_window": 4}
+PARAMETERS = {"GptOss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+CASES["GptOss"] = (IN_ONE_TENSOR, ["q_proj", "o_proj", *PARAMETERS["GptOss"]])
+
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 6, "num_hidden_layers": 2}
 OF_EXPERTS: dict[str, tuple[dict[str, Any], Any]] = {
     "Mixtral": (EXPERTS | {"num_local_experts": 3}, "all-linear"),
@@ -108,13 +113,16 @@ def test_an_adapter_of_peft_gives_its_logits_and_gradients(name: str, tmp_path: 
 
     settings, targets = CASES[name]
     reference = torch_model(name, settings, tmp_path / "base")
+    parameters = PARAMETERS.get(name)
+    modules = [target for target in targets if target not in parameters] if parameters else targets
     peft_model = get_peft_model(
         reference,
         LoraConfig(
             r=3,
             lora_alpha=5,
             use_rslora=name == "Qwen2",
-            target_modules=targets,
+            target_modules=modules,
+            target_parameters=parameters,
             task_type="CAUSAL_LM",
             init_lora_weights=False,  # so that B is not zero
             fan_in_fan_out=name == "GPT2",

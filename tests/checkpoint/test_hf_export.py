@@ -13,58 +13,19 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from jdpo.checkpoint.hf_export import export_model, parse_size
+from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.output_folders import MARKER
+from jdpo.json_files import read_json
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.models.weights.embedding_rows import started_rows
 from jdpo.models.weights.loading import load_params
 from jdpo.models.weights.resize import resize_embeddings
+from tests.checkpoint.conftest import TEMPLATE
 from tests.golden_models import GOLDEN_MODELS as GOLDEN
 from tests.golden_models import golden_models
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
 BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """A byte-level tokenizer of 40 tokens trained on the spot: <|eos|> 0, <|end|> 1, <|pad|> 2."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<|eos|>", "<|end|>", "<|pad|>"]
-    bpe.train_from_iterator(
-        ["abc abd abc user assistant"] * 4, trainers.BpeTrainer(vocab_size=40, special_tokens=special)
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|eos|>", pad_token="<|pad|>")
-    fast.chat_template = TEMPLATE
-    assert len(fast) <= 40
-    return fast
-
-
-@pytest.fixture
-def export(tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
-    """Returns a function that exports golden folder `case` (or `source`) to tmp_path/model with the given options."""
-
-    def run(case: str = "llama", *, source: Path | None = None, params: Any = None, **options: Any) -> Path:
-        source = source or GOLDEN / case
-        config = read_model_config(source)
-        out = options.pop("out", tmp_path / "model")
-        export_model(
-            load_params(source, config) if params is None else params,
-            options.pop("config", config),
-            out,
-            source_folder=source,
-            tokenizer=tokenizer,
-            end_token_ids=options.pop("end_token_ids", [1]),
-            **options,
-        )
-        return out
-
-    return run
 
 
 def assert_same_tensors(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
@@ -305,14 +266,15 @@ def test_wrong_options(export: Callable[..., Path], tokenizer: Any) -> None:
 @pytest.mark.parametrize("case", golden_models())
 def test_transformers_loads_the_folder_and_gives_the_same_logits(export: Callable[..., Path], case: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from jdpo.models.transformer import make_apply_fn
 
     model = Transformer(read_model_config(GOLDEN / case))
     params = jax.tree.map(lambda leaf: leaf * 1.1, load_params(GOLDEN / case, model))
     out = export(case, params=params, export_dtype="float32", max_shard_size="4KB")
-    loaded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    own_class = getattr(transformers, read_json(out / "config.json")["architectures"][0])
+    loaded, report = own_class.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert loaded.generation_config.eos_token_id == [0, 1]

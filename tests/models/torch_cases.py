@@ -188,7 +188,6 @@ def renamed(prefix: str, shape: dict[str, Any]) -> dict[str, Any]:
     return shape
 
 
-IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 20, 21, 22, 23
 _SIGHT = {"hidden_size": 8, "intermediate_size": 12, "patch_size": 4, "initializer_range": 0.3}
 _LIKE_SIGLIP = {**_SIGHT, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
 _LIKE_QWEN = {**_SIGHT, "depth": 2, "num_heads": 2}
@@ -204,6 +203,7 @@ SIGHT: dict[str, dict[str, Any]] = {
 def tower_settings(prefix: str, shape: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of a multimodal model whose text part has a shape."""
     text, vision = dict(shape), dict(SIGHT[prefix])
+    image, video, start, end = range(shape["vocab_size"] - 4, shape["vocab_size"])
     own: dict[str, Any] = {"tie_word_embeddings": text.pop("tie_word_embeddings", prefix == "Gemma3")}
     if prefix.startswith("Qwen"):
         pairs = text["head_dim"] // 2
@@ -213,16 +213,16 @@ def tower_settings(prefix: str, shape: dict[str, Any]) -> dict[str, Any]:
             "mrope_section": [pairs - pairs // 3 * 2, *[pairs // 3] * 2],
         }
         vision["out_hidden_size"] = text["hidden_size"]
-        own |= {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
-        own |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+        own |= {"image_token_id": image, "video_token_id": video}
+        own |= {"vision_start_token_id": start, "vision_end_token_id": end}
     else:
-        own |= {"image_token_index": IMAGE_TOKEN}
+        own |= {"image_token_index": image}
     if prefix == "Gemma3":
         own |= {
             "initializer_range": 0.3,
             "mm_tokens_per_image": 4,
-            "boi_token_index": VISION_START,
-            "eoi_token_index": VISION_END,
+            "boi_token_index": start,
+            "eoi_token_index": end,
         }
     if prefix == "Mistral3":
         text["model_type"] = "mistral"
@@ -248,6 +248,8 @@ def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
     model = getattr(transformers, own_class)(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name or name.endswith("bias") or "alpha_" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        if name.endswith("projection_weight"):  # Gemma 3's map of images, which starts at zero
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 

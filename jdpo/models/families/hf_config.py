@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jdpo.json_files import read_json
 from jdpo.models.families.config_readers.towers import is_tied
+from jdpo.models.families.later_families import missing_from
 from jdpo.models.families.recorded_config import RecordedConfig, refuse_unread
 from jdpo.models.families.table import FAMILIES
 from jdpo.models.model_config import ModelConfig
@@ -83,7 +84,8 @@ def _hf_config(folder: Path) -> Any:
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
-            f"{folder}/config.json: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+            f"{folder}/config.json: model_type {terminal(repr(family))} is not supported{missing_from(family)}; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
         )
     # transformers fills in the defaults that save_pretrained omits, and converts old rope keys to the new form.
     be_quiet()

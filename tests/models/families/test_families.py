@@ -11,6 +11,7 @@ import pytest
 
 import jdpo
 from jdpo.models.families import FAMILIES, read_model_config
+from jdpo.models.families.later_families import MISSING
 from jdpo.models.model_config import RopeConfig
 
 SHAPE = {
@@ -270,3 +271,32 @@ def test_python_code_of_the_folder_is_never_run_nor_asked_for(tmp_path: Path) ->
     assert not marker.exists()
     assert "needs Python code of its own (auto_map), which jdpo never runs" in run.stdout, run.stderr
     assert "trust_remote_code" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "mechanism"),
+    [
+        ("deepseek_v3", "multi-head latent attention"),
+        ("gemma4", "keys and values of an earlier layer"),
+        ("glm4", "neighbouring elements in one half of each head"),
+        ("glm4_moe", "a correction bias"),
+        ("granitemoehybrid", "Mamba-2"),
+        ("kimi_k2", "multi-head latent attention"),
+        ("kimi_linear", "a decay for each channel"),
+        ("lfm2", "short convolution"),
+        ("nemotron_h", "Mamba-2"),
+    ],
+)
+def test_later_families_are_refused_with_what_is_missing(tmp_path: Path, family: str, mechanism: str) -> None:
+    with pytest.raises(ValueError, match=f"model_type '{family}' is not supported: it needs .*{mechanism}"):
+        read_model_config(write(tmp_path, family))
+
+
+def test_a_tower_whose_text_part_comes_later(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"text_config: model_type 'mistral4' is not supported .* latent attention"):
+        read_model_config(write(tmp_path, "mistral3", text_config={"model_type": "mistral4"}))
+
+
+def test_no_family_is_both_supported_and_missing() -> None:
+    assert not set(MISSING) & set(FAMILIES)
+    assert all(mechanisms and not isinstance(mechanisms, str) for mechanisms in MISSING.values())

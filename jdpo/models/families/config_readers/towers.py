@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jdpo.models.families.config_readers.shared import refuse_unsupported
+from jdpo.models.families.later_families import missing_from
 from jdpo.models.model_config import ModelConfig
 
 Reader = Callable[[Any], ModelConfig]
@@ -25,7 +26,7 @@ def reader_of_text(readers: Mapping[str, Reader]) -> Reader:
         if text.model_type not in readers:
             raise ValueError(
                 f"text_config: model_type {text.model_type!r} is not supported in a model of the family "
-                f"{hf_config.model_type}; supported are {', '.join(readers)}"
+                f"{hf_config.model_type}{missing_from(text.model_type)}; supported are {', '.join(readers)}"
             )
         try:
             return dataclasses.replace(readers[text.model_type](text), family=hf_config.model_type)

@@ -25,6 +25,7 @@ SIZES = {
     "head_dim": 16,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
+    "experts_per_token": 2,
     "sliding_window": 16,
     "max_position_embeddings": 128,
     "initial_context_length": 64,

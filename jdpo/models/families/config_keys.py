@@ -127,6 +127,8 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
     "qwen2": {"max_window_layers": None, "use_mrope": (False,)},
     "qwen3": {"max_window_layers": None, "use_qk_norm": (True,)},
     "smollm3": {"no_rope_layer_interval": None, "max_window_layers": None},
+    # Names of the publisher's own program for num_experts_per_tok and for the original length of the rope.
+    "gpt_oss": {"experts_per_token": None, "initial_context_length": None},
     "gpt2": {"n_ctx": None},  # an old name of n_positions
     # SmolLM2: pairs of a rope that are not interleaved, as in every Llama.
     "llama": {"is_llama_config": (True,), "rope_interleaved": (False,)},

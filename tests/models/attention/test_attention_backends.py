@@ -110,6 +110,19 @@ def test_low_precision_stays_near_float64(backend: str, dtype: str, tolerance: f
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
+def test_no_product_of_low_precision_has_wide_operands(backend: str) -> None:
+    x = jax.ShapeDtypeStruct((1, 48, 2, 8), jnp.bfloat16)
+
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        return causal_attention(query, key, value, lengths=np.array([40]), backend=backend).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).as_text()
+    operands = re.findall(r"dot_general .*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", text)
+    assert operands
+    assert set(operands) == {("bf16", "bf16")}
+
+
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
 def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
     (query, key, value, cotangent), lengths = inputs(2, 40, 2, 1, 8, [40, 21])
     padding = np.arange(40) >= lengths[:, None]

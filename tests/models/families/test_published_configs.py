@@ -136,7 +136,10 @@ def test_ministral3_scales_queries_by_position(tmp_path: Path) -> None:
         ({"llama_4_scaling_beta": None}, "llama_4_scaling_beta of rope_parameters: expected a number of 0 or more"),
         ({"llama_4_scaling_beta": -0.1}, "llama_4_scaling_beta of rope_parameters: expected a number of 0 or more"),
         ({"llama_4_scaling_beta": "0.1"}, "llama_4_scaling_beta of rope_parameters: expected a number of 0 or more"),
-        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings: expected a number above 0"),
+        (
+            {"rope_type": "default", "type": "default", "original_max_position_embeddings": 0},
+            "original_max_position_embeddings: expected a number above 0",
+        ),
     ],
 )
 def test_a_scaling_of_queries_that_is_no_number(tmp_path: Path, change: dict[str, Any], message: str) -> None:

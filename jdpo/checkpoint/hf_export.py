@@ -146,6 +146,8 @@ def _write_configs(
     model_json |= settings
     # The vocabulary may have grown by the tokens of a chat template.
     text_json["vocab_size"] = config.vocab_size
+    if "vocab_size" in model_json:  # transformers 4 wrote some settings at both levels
+        model_json["vocab_size"] = config.vocab_size
     generation_json |= special | ({"eos_token_id": eos_ids} if eos_ids else {})
     write_json(staging / "config.json", model_json)
     write_json(staging / "generation_config.json", generation_json)

@@ -87,6 +87,7 @@ _OF_IMAGES: dict[str, Values | None] = dict.fromkeys(
         *("boi_token_index", "eoi_token_index", "image_token_id", "image_token_index", "mm_tokens_per_image"),
         *("multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "tie_word_embeddings"),
         *("video_token_id", "vision_config", "vision_end_token_id", "vision_feature_layer", "vision_start_token_id"),
+        "vision_token_id",
     )
 )
 

@@ -48,9 +48,18 @@ class RecordedConfig:
             # A key that the file lacks has the default of transformers' class, which the tests go through.
             is_set = key in self._raw or key not in defaults or value != defaults[key]
             # Names with an underscore are transformers' own.
-            if is_set and key not in self._read and not key.startswith("_"):
+            if is_set and key not in self._read and not key.startswith("_") and not self._repeats(key):
                 found[key] = value
         return found
+
+    def _repeats(self, key: str) -> bool:
+        """Returns True for a setting that the file has in text_config as well: transformers 4 wrote some twice."""
+        text = self._raw.get("text_config")
+        # transformers makes rope_parameters of these.
+        keys = [old for old in (ROPES, "rope_scaling", "rope_theta") if old in self._raw] if key == ROPES else [key]
+        return isinstance(text, dict) and all(
+            each in self._raw and each in text and self._raw[each] == text[each] for each in keys
+        )
 
     def parts(self) -> list[RecordedConfig | RecordedSettings]:
         """Returns the configs and settings within this one that were read."""

@@ -113,6 +113,19 @@ _OF_EXPERTS: dict[str, Values | None] = dict.fromkeys(
 )
 
 OF_FAMILY: dict[str, dict[str, Values | None]] = {
+    "apertus": {"qk_norm": (True,)},
+    # Names of settings of the class that trained it, with the only values that transformers' class computes.
+    "cohere2": {
+        "sliding_window_pattern": None,  # turned into layer_types, which is read
+        "layer_switch": (4,),
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+        "rotary_pct": (1,),
+        **dict.fromkeys(
+            ("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"), (True,)
+        ),
+    },
+    "ernie4_5": {"compression_ratio": (1,)},
     "gemma3": _OF_IMAGES,
     "mistral3": _OF_IMAGES,
     "qwen2_5_vl": _OF_IMAGES,
@@ -131,6 +144,8 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
     # Names of the publisher's own program for num_experts_per_tok and for the original length of the rope.
     "gpt_oss": {"experts_per_token": None, "initial_context_length": None},
     "gpt2": {"n_ctx": None},  # an old name of n_positions
+    # Other names of num_experts_per_tok and of the original length in rope_parameters, which are read.
+    "gpt_oss": {"experts_per_token": (4,), "initial_context_length": None},
     # SmolLM2: pairs of a rope that are not interleaved, as in every Llama.
     "llama": {"is_llama_config": (True,), "rope_interleaved": (False,)},
     # Moved into rope_parameters, where it is read.

@@ -76,7 +76,9 @@ PARAMS = {
 
 
 def test_decay_mask_of_a_real_model_spares_norms_and_biases() -> None:
-    mask = decay_mask(PARAMS | {"attention": {"sinks": jnp.ones(2)}})
+    xielu = {"alpha_p": jnp.ones(1), "alpha_n": jnp.ones(1), "beta": jnp.ones(()), "eps": jnp.ones(())}
+    mask = decay_mask(PARAMS | {"attention": {"sinks": jnp.ones(2)}, "mlp": {"xielu": xielu}})
+    assert mask["mlp"]["xielu"] == dict.fromkeys(xielu, False)
     assert mask["attention"] == {"sinks": False}
     assert mask["stack"]["layer_0"]["attention"]["query"] == {"kernel": True, "bias": False}
     assert mask["final_norm"] == {"scale": False}

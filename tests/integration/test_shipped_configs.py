@@ -15,6 +15,7 @@ from jdpo.cli.main import main
 from tests.conftest import chat_pairs, write_jsonl
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 
 LLAMA_31_ROPE = {
     "rope_type": "llama3",
@@ -74,7 +75,15 @@ QWEN = {"num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_theta"
 GEMMA2 = shapes("gemma2", 2304, 9216, 26, 8, 256000, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256)
 PYTHIA = shapes("gpt_neox", 2560, 10240, 32, 32, 50304, rotary_pct=0.25, max_position_embeddings=2048)
 
-# Parameters as the models' publishers count them (Pythia: 2,775,208,960 with both embeddings).
+
+def published(name: str) -> dict[str, Any]:
+    """Returns config.json of a model in benchmarks/shapes."""
+    shape: dict[str, Any] = json.loads((SHAPES / name / "config.json").read_text())
+    return shape
+
+
+# Parameters as the models' publishers count them (Pythia: 2,775,208,960 with both embeddings), of multimodal models
+# those of the text part.
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (SMOLLM2, 134_515_008),
     "Qwen/Qwen2.5-0.5B-Instruct": (shapes("qwen2", 896, 4864, 24, 14, 151936, **QWEN), 494_032_768),
@@ -85,6 +94,11 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "meta-llama/Llama-3.1-70B-Instruct": (LLAMA_70B, 70_553_706_496),
     "google/gemma-2-2b-it": (GEMMA2, 2_614_341_888),
     "EleutherAI/pythia-2.8b": (PYTHIA, 2_775_208_960),
+    "allenai/Olmo-3-7B-Instruct-SFT": (published("Olmo-3-7B-Instruct-SFT"), 7_298_011_136),
+    "HuggingFaceTB/SmolLM3-3B-checkpoints": (published("SmolLM3-3B"), 3_075_098_624),
+    "google/gemma-3-27b-it": (published("gemma-3-27b-it"), 27_009_346_304),
+    "Qwen/Qwen3.5-4B": (published("Qwen3.5-4B"), 4_205_751_296),
+    "openai/gpt-oss-20b": (published("gpt-oss-20b"), 20_914_757_184),
     "runs/pythia-hh/sft/model": (PYTHIA, 2_775_208_960),
     # The recipes for a model of random weights, with the model of the hub that their headers name.
     "runs/tiny": (SMOLLM2, 134_515_008),
@@ -120,6 +134,8 @@ def test_a_shipped_config_runs_dry(
     words = [f"model_name_or_path={folder}", f"datasets={rows}", f"output_dir={tmp_path / 'run'}"]
     words += [f"cache_dir={tmp_path / 'cache'}", "global_batch_size=8", "num_train_epochs=50"]
     words += [f"eval_datasets={rows}"] if "eval_datasets" in config else []
+    words += ["model_revision=null"] if "model_revision" in config else []
+    words += ["eval_fraction=0.02"] if "eval_fraction" in config else []  # a smaller part of 40 rows is none
     assert main([command[1] or ("sft" if "sft" in path.name else "dpo"), str(path), *words, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert f"{num_params:,} parameters" in printed

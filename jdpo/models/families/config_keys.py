@@ -144,8 +144,6 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
     # Names of the publisher's own program for num_experts_per_tok and for the original length of the rope.
     "gpt_oss": {"experts_per_token": None, "initial_context_length": None},
     "gpt2": {"n_ctx": None},  # an old name of n_positions
-    # Other names of num_experts_per_tok and of the original length in rope_parameters, which are read.
-    "gpt_oss": {"experts_per_token": (4,), "initial_context_length": None},
     # SmolLM2: pairs of a rope that are not interleaved, as in every Llama.
     "llama": {"is_llama_config": (True,), "rope_interleaved": (False,)},
     # Moved into rope_parameters, where it is read.

@@ -66,7 +66,6 @@ def test_every_key_of_the_class_is_read_or_listed_or_off(family: str) -> None:
         ("apertus", "qk_norm", False),
         ("cohere2", "position_embedding_type", "alibi"),
         ("cohere2", "use_parallel_block", False),
-        ("gpt_oss", "experts_per_token", 8),
         ("llama", "alibi", True),
         ("llama", "clip_qkv", 8.0),
         ("llama", "embedding_multiplier", 12.0),

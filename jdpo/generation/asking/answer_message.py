@@ -57,9 +57,7 @@ def message_of(
     read = read_message(text_after(prompt_ids, tokens, tokenizer), row, tokenizer, ended=ended)
     if read is None:
         return assistant(content_of(row, prompt_ids, tokens, tokenizer))
-    forms = _forms(read)
-    plainest = stripped(read)
-    return next((form for form in forms if gives(form, row, prompt_ids, tokens, tokenizer)), plainest)
+    return next((form for form in _forms(read) if gives(form, row, prompt_ids, tokens, tokenizer)), stripped(read))
 
 
 def read_message(text: str, row: RowTexts, tokenizer: Tokenizer, *, ended: bool) -> Message | None:
@@ -103,10 +101,10 @@ def stripped(message: Message) -> Message:
 
 
 def _forms(message: Message) -> Iterator[Message]:
-    """Yields a message with the whitespace that the template may or may not write itself."""
+    """Yields a message with less and with more of the whitespace that the template may write itself."""
     thought, words = message.get("reasoning_content", ""), message["content"]
-    thoughts = dict.fromkeys((thought, thought.removeprefix("\n").removesuffix("\n"), thought.strip()))
-    contents = dict.fromkeys((words, words.removeprefix("\n\n"), words.lstrip("\n"), words.lstrip(), words.strip()))
+    thoughts = dict.fromkeys((thought.strip(), thought.strip("\n"), thought))
+    contents = dict.fromkeys((words.strip(), words.lstrip(), words.lstrip("\n"), words.removeprefix("\n\n"), words))
     for one, other in itertools.product(thoughts, contents):
         yield {**message, "content": other, **({"reasoning_content": one} if one else {})}
 

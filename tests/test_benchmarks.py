@@ -426,11 +426,20 @@ def test_a_hundredth_of_the_vocabulary_ends_answers_with_stops() -> None:
 
 
 def test_exactly_the_answers_of_generated_conversations_are_learnt(capsys: pytest.CaptureFixture[str]) -> None:
-    templates = ["qwen3_reasoning", "llama3", "mistral_v3", "phi3"]
+    templates = ["qwen3_reasoning", "llama3", "mistral_v3", "gpt_oss"]
     assert token_rules(["--rows", "20", "--templates", *templates]) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out
     assert all(f"| {name} | {kind} |" in printed for name in templates for kind in ("pairs", "assistant_turns"))
     assert "rule jdpo: every check holds" in printed
+
+
+@pytest.mark.full
+def test_exactly_the_answers_are_learnt_under_every_template(capsys: pytest.CaptureFixture[str]) -> None:
+    templates = BENCHMARKS.parent / "tests" / "data" / "templates"
+    assert token_rules(["--rows", "60"]) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"| {path.stem} | pairs |" in printed for path in templates.glob("*.jinja"))
+    assert "| qwen3_5 enable_thinking=False | assistant_turns |" in printed
 
 
 def test_the_common_prefix_instead_of_the_rule_fails_the_checks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+import jdpo
+from jdpo.cli.main import main
 from jdpo.data.tokens.boundaries import TokenSplit, split_rows
 from jdpo.data.tokens.prompt_tokens import encode_prompt
 from jdpo.data.tokens.row_rendering import RowTexts
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.generation.asking.answer_message import message_of
 from jdpo.generation.asking.channels import ChannelView, read_channels
-from jdpo.generation.values import Answer, Question, message_text
+from jdpo.generation.chat.chat_view import ChatView
+from jdpo.generation.chat.session import ChatSession
+from jdpo.generation.chat.speaker import Speaker
+from jdpo.generation.values import Answer, Question, Sampling, message_text
+from jdpo.json_files import read_json, write_json
 from jdpo.pairing.candidates import Candidate
 from jdpo.pairing.pair_files import pair_row
 from jdpo.types import Message
+from tests.conftest import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "tests" / "data" / "templates"
@@ -228,3 +238,49 @@ def test_a_pair_has_the_thoughts_and_calls_of_its_answers() -> None:
     assert thoughtful.text == Answer("id", 0, THOUGHTFUL, None, "stop", None).text == "The Lee."
     assert "look" in calling.text
     assert "I must" not in calling.text
+
+
+@pytest.mark.full
+def test_a_model_that_has_learnt_channels_is_asked_paired_and_trained_again(
+    toy_model: Path, run_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """From rows to a run, its answers, and a run on pairs of them; calls end with a token of their own."""
+    # With positions for the prompt of this format.
+    base = tmp_path / "base"
+    shutil.copytree(toy_model, base)
+    write_json(base / "config.json", {**read_json(base / "config.json"), "max_position_embeddings": 1024})
+    questions = [[{"role": "user", "content": text}] for text in ("winter river", "paper stone")]
+    asked: list[dict[str, Any]] = [{"messages": [*questions[0], THOUGHTFUL]}]
+    asked += [{"messages": [*questions[1], PLANNED], "tools": [TOOL]}]
+    rows = write_jsonl(tmp_path / "rows.jsonl", asked * 8)
+    run = tmp_path / "run"
+    words = run_words(model_name_or_path=base, datasets=rows, max_length=512, learning_rate=5e-3, num_train_epochs=60)
+    assert main(["sft", *words, f"chat_template={TEMPLATES / 'gpt_oss.jinja'}"]) == 0
+    model = jdpo.load(run)
+    ends = read_json(run / "model" / "generation_config.json")["eos_token_id"]
+    assert {"<|return|>", "<|call|>"} <= set(model.tokenizer.hf.convert_ids_to_tokens(ends))
+    (answer,) = model.generate(questions[0], temperature=0, max_new_tokens=100)
+    (call,) = model.generate(questions[1], temperature=0, max_new_tokens=100, tools=[TOOL])
+    assert (answer.message, answer.finish_reason) == (THOUGHTFUL, "stop")
+    assert (call.message, call.finish_reason) == (PLANNED, "stop")
+    # In a conversation the channels have names, and the next prompt has no markers in its words.
+    out = io.StringIO()
+    session = ChatSession(
+        [Speaker(model)], ChatView(Console(file=out), ["one"]), Sampling(temperature=0, max_new_tokens=60)
+    )
+    session.take("winter river")
+    assert "[analysis] Cork has\n\none.\n[final] The Lee.\n" in out.getvalue()
+    session.take("winter river")
+    assert session.conversations[0].last_prompt[1] == THOUGHTFUL
+    assert len(session.conversations[0].exchanges) == 2
+    # A pair of such answers is a row of a run.
+    pair = pair_row(
+        Question("id", questions[1], "row", tools=[TOOL]),
+        (
+            Candidate(0, 0, message_text(call.message), 9, False, 1.0, call.message),
+            Candidate(0, 1, message_text(answer.message), 9, False, 0.0, answer.message),
+        ),
+    )
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair] * 8)
+    again = {"model_name_or_path": run / "model", "datasets": pairs, "output_dir": tmp_path / "again"}
+    assert main(["dpo", *run_words(**again, max_length=512, max_steps=1)]) == 0

@@ -140,7 +140,10 @@ def markers_of(probed: Probe) -> list[str]:
             except Exception:  # templates without system turns refuse them; the probe itself was rendered
                 continue
     # Without duplicates, in the order of first use: new tokens must get the same ids in every run.
-    return list(dict.fromkeys(_MARKER.findall("".join([*texts, probed.text]))))
+    markers = list(dict.fromkeys(_MARKER.findall("".join([*texts, probed.text]))))
+    # A call may end with a marker that nothing else has, and generation must stop there.
+    closing = _MARKER.findall(_after_call(probed))
+    return markers if not closing or set(closing) & set(markers) else [*markers, closing[-1]]
 
 
 def end_of_turn(hf: PreTrainedTokenizerBase, probed: Probe) -> str | None:
@@ -166,6 +169,17 @@ def end_of_call(hf: PreTrainedTokenizerBase, probed: Probe, ends: Collection[str
     Raises:
       RenderingTooSlow: the template takes more than a minute.
     """
+    tail = _after_call(probed)
+    tokens = _special_tokens(hf).findall(tail)
+    # Words after the token belong to something else, such as the header of a next turn.
+    if not tokens or any(token in ends for token in tokens) or tail.rpartition(tokens[-1])[2].strip():
+        return None
+    return str(tokens[-1])
+
+
+def _after_call(probed: Probe) -> str:
+    """Returns what a template writes after the last argument of a call; empty if it writes no calls."""
+    # A few templates want the arguments as text.
     for arguments in ({"value": ANSWER}, json.dumps({"value": ANSWER})):
         call = {"id": "jdpocalls", "type": "function", "function": {"name": "jdpotool", "arguments": arguments}}
         turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -173,15 +187,11 @@ def end_of_call(hf: PreTrainedTokenizerBase, probed: Probe, ends: Collection[str
             text = replace(probed, tools=[_TOOL]).render([TURNS[0], turn])
         except RenderingTooSlow:
             raise
-        except Exception:  # templates without calls fail on them, or want their arguments as text
+        except Exception:  # whatever the template raises: rows that it refuses are counted
             continue
         _, found, tail = text.rpartition(ANSWER)
-        tokens = _special_tokens(hf).findall(tail) if found else []
-        # Words after the token belong to something else, such as the header of a next turn.
-        if tokens and not any(token in ends for token in tokens) and not tail.rpartition(tokens[-1])[2].strip():
-            return tokens[-1]
-        return None
-    return None
+        return tail if found else ""
+    return ""
 
 
 def _special_tokens(hf: PreTrainedTokenizerBase) -> re.Pattern[str]:

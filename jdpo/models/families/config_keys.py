@@ -125,7 +125,7 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
             ("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"), (True,)
         ),
     },
-    "ernie4_5": {"compression_ratio": (1,)},
+    "ernie4_5": {"compression_ratio": (1,), "use_rmsnorm": (True,)},
     "gemma3": _OF_IMAGES,
     "mistral3": _OF_IMAGES,
     "qwen2_5_vl": _OF_IMAGES,

@@ -111,10 +111,11 @@ def refuse_unread(config: RecordedConfig) -> None:
     family = config.model_type
     for key, value in config.unread().items():
         if not changes_nothing(family, key, value):
-            knows = "jdpo does not follow it" if key in config.known_keys else "jdpo and transformers do not know it"
             raise ValueError(
-                f"{key}: {terminal(_short(value))}: {knows} in a model of the family {family}; it must not be set, "
-                f"unless to {_neutral(family, key)}. Remove a key that changes no result of the model"
+                f"{key}: {terminal(_short(value))} is not supported in a model of the family {family}, expected "
+                f"{_neutral(family, key)}. "
+                + ("" if key in config.known_keys else "transformers does not know the key. ")
+                + "If it changes no result of the model, remove it from config.json"
             )
     for part in config.parts():
         if isinstance(part, RecordedConfig):

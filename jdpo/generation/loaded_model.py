@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jdpo.data.schemas.formats import Dropped
-from jdpo.data.schemas.messages import assistant
+from jdpo.data.schemas.messages import assistant, content_text
 from jdpo.data.tokens.boundaries import split_rows
 from jdpo.data.tokens.prompt_tokens import encode_prompt
 from jdpo.data.tokens.row_rendering import NOT_UNICODE, RowTexts, is_unicode
@@ -341,6 +341,10 @@ def _check_text(text: object, name: str) -> None:
     is_conversation = isinstance(text, list) and all(isinstance(message, dict) for message in text)
     if not (isinstance(text, str) or is_conversation):
         raise ValueError(f"{name}: expected text or a list of messages, found {type(text).__name__}")
+    for index, message in enumerate(text if isinstance(text, list) else []):
+        # Templates of multimodal models would write a placeholder for an image that the model does not get.
+        if isinstance(message.get("content"), list):
+            content_text(message["content"], f"the content of message {index}", name)
 
 
 def _why(dropped: Dropped) -> str:

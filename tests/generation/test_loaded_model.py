@@ -14,6 +14,7 @@ import pytest
 import jdpo
 from jdpo.generation.asking.token_logps import completion_logps
 from jdpo.generation.loaded_model import LoadedModel
+from jdpo.types import Message
 
 ASK = [{"role": "user", "content": "slow river"}]
 OPTIONS = {"max_new_tokens": 8, "top_p": 0.9, "seed": 5}
@@ -128,6 +129,14 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, options: dict[str, str],
         jdpo.load(folder, **options)
     with pytest.raises(ValueError, match="does not exist"):
         jdpo.load("./nowhere")
+
+
+def test_a_question_about_an_image_is_refused_by_name(model: LoadedModel) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image", "image": "sky.png"}]
+    question: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "user", "content": parts}]
+    for ask in (model.generate, model.stream, model.next_tokens):
+        with pytest.raises(ValueError, match="prompt: the content of message 1 is a list with a part of type 'image'"):
+            ask(question)
 
 
 def test_bfloat16_is_computed_in_bfloat16(toy_model: Path, model: LoadedModel) -> None:

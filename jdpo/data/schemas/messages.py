@@ -206,7 +206,7 @@ def _message(message: Any, place: str, origin: str) -> Message:
         return {"role": speaker, "content": None, **rest}
     if content_key not in message:
         raise _not_a_message(message, place, origin)
-    return {"role": speaker, "content": _content(content, f"the {content_key} of {place}", origin), **rest}
+    return {"role": speaker, "content": content_text(content, f"the {content_key} of {place}", origin), **rest}
 
 
 def _not_a_message(message: dict[str, Any], place: str, origin: str) -> ValueError:
@@ -215,8 +215,12 @@ def _not_a_message(message: dict[str, Any], place: str, origin: str) -> ValueErr
     )
 
 
-def _content(content: Any, place: str, origin: str) -> str:
-    """Returns a content as text, with {type: text, text} parts joined."""
+def content_text(content: Any, place: str, origin: str) -> str:
+    """Returns a content as text, with {type: text, text} parts joined.
+
+    Raises:
+      ValueError: the content, or a part of it such as an image, is not text.
+    """
     if isinstance(content, str):
         return content
     content = as_list(content, place, origin)

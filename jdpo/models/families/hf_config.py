@@ -38,6 +38,17 @@ def read_model_config(folder: Path) -> ModelConfig:
     return _model_config(folder, hf_config)
 
 
+def image_tokens(folder: Path) -> tuple[int, ...]:
+    """Returns the tokens in whose place a multimodal model gets an image or a video; none for a model of text alone.
+
+    Raises:
+      ValueError: as for `read_model_config`.
+    """
+    hf_config = _hf_config(folder)
+    found = [getattr(hf_config, key, None) for key in ("image_token_id", "video_token_id")]
+    return tuple(token for token in found if isinstance(token, int))
+
+
 class RewardConfig(NamedTuple):
     """The configuration of a reward model.
 

@@ -19,6 +19,8 @@ from jdpo.data.batching.mixing import mixture_of
 from jdpo.data.prepared.held_out import Part
 from jdpo.data.prepared.prepare import PreparedData, completions_entry, pairs_entry
 from jdpo.data.prepared.token_entry import TokenEntry
+from jdpo.data.tokens.tokenizer import Tokenizer
+from jdpo.safe_text import terminal
 
 Log = Callable[[str], None]
 """Takes lines for the user."""
@@ -49,6 +51,24 @@ def sides_of(settings: DataSettings) -> tuple[Side, Side | None]:
     if fraction:
         return (datasets, Part("train", fraction)), (datasets, Part("eval", fraction))
     return (datasets, None), (settings.eval_datasets, None) if settings.eval_datasets else None
+
+
+def check_images(data: PreparedData, tokens: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Refuses rows that have a place for an image.
+
+    Args:
+      tokens: those that stand for an image or a video, see `jdpo.models.families.image_tokens`.
+      tokenizer: that of the rows.
+
+    Raises:
+      ValueError: naming the first row with such a token.
+    """
+    for token, (num_rows, first) in data.rows_with(np.array(tokens, np.int64)).items():
+        text = terminal(tokenizer.hf.convert_ids_to_tokens(token))
+        raise ValueError(
+            f"{data[first].origin}: the row has {text}, in whose place the model gets an image: jdpo trains on text "
+            f"alone, also of a multimodal model ({num_rows:,} of {len(data):,} rows have it). Remove such rows"
+        )
 
 
 def check_scores(data: PreparedData) -> None:

@@ -20,7 +20,7 @@ from jdpo.data.batching.loader import RowPlan
 from jdpo.data.batching.mixing import check_data_settings, has_evaluation
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.tokens.tokenizer import load_tokenizer
-from jdpo.models.families import read_model_config
+from jdpo.models.families import image_tokens, read_model_config
 from jdpo.models.lora.adapter_config import is_adapter_folder
 from jdpo.models.transformer import abstract_params
 from jdpo.models.weights.embedding_rows import StartedRows
@@ -34,7 +34,7 @@ from jdpo.sharding.slices import slice_sizes
 from jdpo.training.setup.adaptation import check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_setup import ModelSetup, build_model
-from jdpo.training.setup.row_order import Log, check_scores, num_steps_of, plan_rows
+from jdpo.training.setup.row_order import Log, check_images, check_scores, num_steps_of, plan_rows
 from jdpo.training.setup.sample_prompts import SamplePrompt, read_sample_prompts
 from jdpo.training.setup.shared_rows import prepare_rows
 from jdpo.training.setup.tasks import Task, task_for
@@ -199,6 +199,10 @@ def _lay_out(
 ) -> Setup:
     """The part of `build` after the rows are known; nothing here waits for the others."""
     model_setup, reference_folder, reference_adapter, sample_prompts = opened
+    images = image_tokens(model_setup.model_folder)
+    for data in (train_data, eval_data):
+        if data is not None:
+            check_images(data, images, model_setup.tokenizer)
     if task.reads_scores:  # now, not after hours of computing the reference's log-probs
         for data in (train_data, eval_data):
             if data is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import jdpo
+from jdpo.checkpoint.tokenizer_export import write_tokenizer
 from jdpo.data.tokens.tokenizer import load_tokenizer
 
 LLAMA_2_LIKE = (
@@ -139,6 +141,19 @@ def test_chatml_writes_bos_if_the_model_always_saw_it(word_level: Callable[..., 
     unused = load_tokenizer(word_level(["a"], specials=specials), chat_template="chatml")
     assert unused.bos_token_id is None
     assert unused.render([{"role": "user", "content": "a"}]).startswith("<|im_start|>user")
+
+
+def test_a_template_of_the_processor_is_that_of_the_tokenizer_where_it_has_none(
+    byte_level: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(byte_level, tmp_path / "model"))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": BARE}))
+    tokenizer = load_tokenizer(folder, chat_template=None)
+    assert tokenizer.hf.chat_template == BARE
+    write_tokenizer(tmp_path, tokenizer.hf, folder)
+    assert (tmp_path / "chat_template.json").read_bytes() == (folder / "chat_template.json").read_bytes()
+    (folder / "chat_template.jinja").write_text(ZEPHYR_LIKE)
+    assert load_tokenizer(folder, chat_template=None).hf.chat_template == ZEPHYR_LIKE
 
 
 def test_a_pad_token_is_used_where_there_is_one(word_level: Callable[..., Path]) -> None:

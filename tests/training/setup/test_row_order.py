@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 from jdpo.config import DPOConfig, SFTConfig, load_config
+from jdpo.data.tokens.tokenizer import load_tokenizer
+from jdpo.json_files import read_json, write_json
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.progress import RowCounter
 from jdpo.training.logs.metrics import SHARED, DatasetShares
@@ -20,6 +24,7 @@ from jdpo.training.setup.row_order import BuildStopped
 from jdpo.training.setup.run_setup import Setup, build
 from jdpo.training.setup.shared_rows import prepare_rows
 from tests.conftest import chat_pairs, write_jsonl
+from tests.golden_models import GOLDEN_MODELS
 
 Words = Callable[..., list[str]]
 
@@ -33,10 +38,10 @@ def two_sets(tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
-def set_up(words: list[str], cls: type[DPOConfig | SFTConfig] = DPOConfig) -> tuple[Setup, list[str]]:
+def set_up(words: list[str], cls: type[DPOConfig | SFTConfig] = DPOConfig, **options: Any) -> tuple[Setup, list[str]]:
     config, lines = load_config(cls, None, ["compute_dtype=float32", *words]), []
     with numerics(config):
-        return build(config, lines.append), lines
+        return build(config, lines.append, **options), lines
 
 
 def test_an_epoch_is_planned_and_logged_by_the_weights(run_words: Words, two_sets: tuple[Path, Path]) -> None:
@@ -59,6 +64,22 @@ def test_an_epoch_of_one_dataset_is_not_logged(run_words: Words) -> None:
 def test_rows_without_scores_are_refused_before_anything_is_computed(run_words: Words) -> None:
     with pytest.raises(ValueError, match=r"pairs.jsonl:1: margin_gamma needs .* no scores \(20 of 20 rows"):
         set_up(run_words(margin_gamma=0.5))
+
+
+def test_rows_with_the_place_of_an_image_are_refused(run_words: Words, toy_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "multimodal"
+    shutil.copytree(toy_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = load_tokenizer(folder, chat_template=None)
+    token = tokenizer.encode(["green"])[0][0]
+    config = read_json(GOLDEN_MODELS / "qwen3_vl" / "config.json") | {"image_token_id": token}
+    config["text_config"]["vocab_size"] = tokenizer.size
+    write_json(folder / "config.json", config)
+    pairs = [{"prompt": "ok", "chosen": "ok", "rejected": "no"}] * 2
+    green = {"prompt": "ok", "chosen": "ok", "rejected": "green"}
+    words = run_words(model_name_or_path=folder, datasets=write_jsonl(tmp_path / "rows.jsonl", [*pairs, green]))
+    text = re.escape(tokenizer.hf.convert_ids_to_tokens(token))
+    with pytest.raises(ValueError, match=rf"rows.jsonl:3: the row has {text}, in whose place .* image.* \(1 of 3 rows"):
+        set_up(words, weights=False)
 
 
 def test_rows_are_held_out_by_their_prompt(run_words: Words) -> None:

@@ -88,8 +88,6 @@ def test_keys_that_mean_nothing_are_accepted(tmp_path: Path) -> None:
     of_family = {"is_llama_config": True, "rope_interleaved": False}
     off = {"alibi": False, "clip_qkv": None, "layers_without_norm": [], "attention_multiplier": None}
     about = {"unsloth_version": "2026.1", "transformers.js_config": {"dtype": "q4"}, "torch_dtype": "bfloat16"}
-    command = {"layer_switch": 4, "position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_parallel_block": True}
-    assert read_model_config(write(tmp_path, "cohere2", **command)).shared_norm
     plain = read_model_config(write(tmp_path, "llama"))
     assert read_model_config(write(tmp_path, "llama", **of_family, **off, **about, logit_scale=1.0)) == plain
 

@@ -239,3 +239,65 @@ def test_seed_oss_and_starcoder2(tmp_path: Path) -> None:
 def test_settings_of_published_files_that_change_nothing(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     golden = json.loads((GOLDEN_MODELS / family / "config.json").read_text())
     assert read(tmp_path, **{**golden, **settings}) == read_model_config(GOLDEN_MODELS / family)
+
+
+def test_command_r7b(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        "cohere2",
+        attention_bias=False,
+        cache_implementation="hybrid",
+        head_dim=128,
+        hidden_act="silu",
+        hidden_size=4096,
+        intermediate_size=14336,
+        layer_norm_eps=1e-05,
+        layer_switch=4,
+        logit_scale=0.25,
+        max_position_embeddings=132096,
+        num_attention_heads=32,
+        num_hidden_layers=32,
+        num_key_value_heads=8,
+        order_of_interleaved_layers="local_attn_first",
+        pad_token_id=0,
+        position_embedding_type="rope_gptj",
+        rope_scaling=None,
+        rope_theta=50000,
+        rotary_pct=1.0,
+        sliding_window=4096,
+        sliding_window_pattern=4,
+        use_embedding_sharing=True,
+        use_gated_activation=True,
+        use_parallel_block=True,
+        use_parallel_embedding=True,
+        vocab_size=256000,
+    )
+    near = LayerKind(rope=RopeConfig(theta=5e4, interleaved=True), window=4096)
+    assert config.layers == (near, near, near, LayerKind(rope=None)) * 8
+    assert (config.logit_scale, config.shared_norm, config.tie_embeddings) == (0.25, True, True)
+
+
+def test_apertus_8b(tmp_path: Path) -> None:
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = read(
+        tmp_path,
+        "apertus",
+        attention_bias=False,
+        hidden_act="xielu",
+        hidden_size=4096,
+        intermediate_size=21504,
+        max_position_embeddings=65536,
+        mlp_bias=False,
+        num_attention_heads=32,
+        num_hidden_layers=32,
+        num_key_value_heads=8,
+        post_norm=False,
+        qk_norm=True,
+        rms_norm_eps=1e-05,
+        rope_scaling={**llama3, "original_max_position_embeddings": 8192, "rope_type": "llama3", "type": "llama3"},
+        rope_theta=12000000,
+        tie_word_embeddings=False,
+        vocab_size=131072,
+    )
+    assert config.ropes == (RopeConfig(theta=1.2e7, kind="llama3", original_max_positions=8192, **llama3),)
+    assert (config.activation, config.gated_mlp, config.qk_norm) == ("xielu", False, "head")

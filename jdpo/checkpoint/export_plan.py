@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jdpo.models.families.layouts import Layout
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.weights.folder_names import by_model_name, carried, is_carried, model_names
-from jdpo.models.weights.hf_names import hf_tensors, layout_of
+from jdpo.models.weights.hf_names import hf_tensors, layout_in
 from jdpo.models.weights.safetensors_folder import DTYPES, SINGLE_NAME, TensorEntry, tensor_entries
 
 ExportDtype = Literal["source", "float32", "bfloat16", "float16"]
@@ -31,7 +32,7 @@ class FileTensor(NamedTuple):
 
     Attributes:
       dtype: its name in safetensors.
-      model_name: its name in the family's layout; None if the tensor is carried, which means copied from the source.
+      model_name: its name in the layout; None if the tensor is carried, which means copied from the source.
     """
 
     shape: tuple[int, ...]
@@ -47,11 +48,13 @@ class ExportPlan(NamedTuple):
       tensors: by their names in the files, in the order of the forward pass; carried ones are last.
       source: the tensors of the folder that training started from that are carried, by the same names.
       main_dtype: dtype that config.json names.
+      layout: of the tensors; their names in it are `FileTensor.model_name`.
     """
 
     tensors: dict[str, FileTensor]
     source: dict[str, TensorEntry]
     main_dtype: np.dtype
+    layout: Layout
 
 
 def plan_export(config: ModelConfig, source_folder: Path, export_dtype: str) -> ExportPlan:
@@ -63,31 +66,34 @@ def plan_export(config: ModelConfig, source_folder: Path, export_dtype: str) -> 
     if export_dtype != "source" and export_dtype not in _DTYPES:
         raise ValueError(f"export_dtype: expected source, {', '.join(_DTYPES)}, found {export_dtype!r}")
     entries = tensor_entries(source_folder)
-    dtypes, main_dtype = _dtypes(config, entries, export_dtype)
+    layout = layout_in(by_model_name(entries, config), config, for_export=True)
+    dtypes, main_dtype = _dtypes(config, entries, layout, export_dtype)
     # A model that was saved without its head gets the prefix of one that has it; other spellings are kept.
-    kept = model_names(entries, config) if layout_of(config).spellings else {}
+    kept = model_names(entries, config) if layout.spellings else {}
     in_file = {own: name for name, own in kept.items()}
     tensors = {}
-    for name, pieces in hf_tensors(config).items():
+    for name, pieces in hf_tensors(config, layout).items():
         dtype, shape = dtypes[name], pieces[0].hf_shape
         num_bytes = math.prod(shape) * dtype.itemsize
         tensors[in_file.get(name, name)] = FileTensor(shape, _DTYPE_NAMES[dtype], num_bytes, name)
     others = carried(entries, config)
     for name, entry in others.items():
         tensors[name] = FileTensor(entry.shape, entry.dtype, entry.num_bytes, None)
-    return ExportPlan(tensors, others, main_dtype)
+    return ExportPlan(tensors, others, main_dtype, layout)
 
 
 def export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> list[np.dtype]:
     """Returns the dtypes in which an export has the tensors of the model, without those that are carried."""
-    return list(_dtypes(config, tensor_entries(source_folder), export_dtype)[0].values())
+    entries = tensor_entries(source_folder)
+    layout = layout_in(by_model_name(entries, config), config, for_export=True)
+    return list(_dtypes(config, entries, layout, export_dtype)[0].values())
 
 
 def _dtypes(
-    config: ModelConfig, entries: dict[str, TensorEntry], export_dtype: str
+    config: ModelConfig, entries: dict[str, TensorEntry], layout: Layout, export_dtype: str
 ) -> tuple[dict[str, np.dtype], np.dtype]:
     """Returns the dtype of every tensor of the model, and the one for config.json."""
-    names = hf_tensors(config)
+    names = hf_tensors(config, layout)
     if export_dtype in _DTYPES:
         return dict.fromkeys(names, _DTYPES[export_dtype]), _DTYPES[export_dtype]
     source = {

@@ -57,7 +57,7 @@ def write_shards(
     ):
         for shard in mine:
             writer.create(folder / shard.name, {name: plan.tensors[name] for name in shard.tensor_names})
-        for model_name, take in host_tensors(params, config):
+        for model_name, take in host_tensors(params, config, plan.layout):
             if in_file[model_name] in owned:
                 writer.write(in_file[model_name], take)
             # With several processes the loop goes to its end: every tensor's slices travel between all of them.

@@ -98,15 +98,19 @@ def layout_of(config: ModelConfig) -> Layout:
     return FAMILIES[config.family].layout
 
 
-def layout_in(names: Collection[str], config: ModelConfig) -> Layout:
-    """Returns the layout of a folder with tensors of these names: that of the model, or one of its other forms."""
+def layout_in(names: Collection[str], config: ModelConfig, *, for_export: bool = False) -> Layout:
+    """Returns the layout of a folder with tensors of these names: that of the model, or one of its other forms.
+
+    Args:
+      for_export: True for the layout of an export that starts from such a folder.
+    """
     layout = layout_of(config)
-    for form in layout.forms:
+    for rules in (form.rules for form in layout.forms if form.is_kept or not for_export):
         # Rules for one expert have a second number.
-        if any(rule.hf_name.format(layer, 0) in names for rule in form for layer in range(config.num_layers)):
-            replaced = {rule.path for rule in form}
+        if any(rule.hf_name.format(layer, 0) in names for rule in rules for layer in range(config.num_layers)):
+            replaced = {rule.path for rule in rules}
             kept = (rule for rule in layout.layer if rule.path not in replaced)
-            return layout._replace(layer=(*kept, *form))
+            return layout._replace(layer=(*kept, *rules))
     return layout
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jdpo.models.families.layouts import Layout
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
 from jdpo.models.weights.hf_names import Piece, hf_tensors
@@ -19,14 +20,19 @@ HostPiece = tuple[Piece, np.ndarray]
 """A piece and its values in the decoder's layout, which must not be written."""
 
 
-def host_tensors(params: Params, config: ModelConfig) -> Iterator[tuple[str, Callable[[], list[HostPiece]]]]:
+def host_tensors(
+    params: Params, config: ModelConfig, layout: Layout | None = None
+) -> Iterator[tuple[str, Callable[[], list[HostPiece]]]]:
     """Yields the name of every checkpoint tensor with a function that takes its pieces to the host.
 
     The function must be called before the next tensor is asked for. With several processes every process must exhaust
     the iterator, with params of the same sharding, since slices of a tensor travel between them. Whether a process
     calls the function, and whether that succeeds, does not affect the others.
+
+    Args:
+      layout: the tensors of one folder, see `layout_in`; None for those of the model.
     """
-    for name, pieces in hf_tensors(config).items():
+    for name, pieces in hf_tensors(config, layout).items():
         leaves = [_leaf(params, piece) for piece in pieces]
         if all(leaf.is_fully_addressable for leaf in leaves):
             yield name, functools.partial(_on_host, pieces, leaves)

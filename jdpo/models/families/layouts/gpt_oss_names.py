@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jdpo.models.families.layouts.llama_names import LLAMA, llama_rule
+from jdpo.models.families.layouts.tensor_rules import Form
 
 # Elements of gate and up alternate.
 _EXPERTS = (
@@ -28,5 +29,5 @@ GPT_OSS = LLAMA._replace(
         llama_rule("mlp.experts.gate_up_proj_bias", "mlp.experts.up.bias", "e (x 1/2) -> e x"),
         llama_rule("mlp.experts.down_proj_bias", "mlp.experts.down.bias", "e d -> e d"),
     ),
-    forms=(_MXFP4,),
+    forms=(Form(_MXFP4, is_kept=False),),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jdpo.models.families.layouts.expert_names import QWEN_EXPERTS, SHARED_EXPERT
 from jdpo.models.families.layouts.llama_names import LLAMA, llama_rule
-from jdpo.models.families.layouts.tensor_rules import Rule, Spelling
+from jdpo.models.families.layouts.tensor_rules import Form, Rule, Spelling
 
 # A head's query is followed by its gate, in the same tensor.
 _GATED_QUERY = (
@@ -48,15 +48,26 @@ def _gated(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return (*_GATED_QUERY, *(rule for rule in layer if rule.hf_name not in plain))
 
 
-_LAYER = (*_gated(LLAMA.layer), *QWEN_EXPERTS, *SHARED_EXPERT, *_DELTA)
+# All experts of a layer in one tensor: the rows of each expert's gate first, then those of its up.
+_EXPERTS = (
+    llama_rule("mlp.gate.weight", "mlp.router.kernel", "e d -> d e"),
+    llama_rule("mlp.experts.gate_up_proj", "mlp.experts.gate.kernel", "e x[x] d -> e d x"),
+    llama_rule("mlp.experts.gate_up_proj", "mlp.experts.up.kernel", "e [x]x d -> e d x"),
+    llama_rule("mlp.experts.down_proj", "mlp.experts.down.kernel", "e d x -> e x d"),
+)
+# One tensor per expert, as Qwen3-Next is published and as save_pretrained writes all of them.
+_ONE_BY_ONE = Form(tuple(rule for rule in QWEN_EXPERTS if "experts" in rule.path), is_kept=True)
+
+_LAYER = (*_gated(LLAMA.layer), *_EXPERTS, *SHARED_EXPERT, *_DELTA)
 
 # Layers that predict further tokens, which transformers' classes do not have; they read the model's last hidden states.
 _MTP = "mtp."
 
-QWEN3_NEXT = LLAMA._replace(layer=(*_LAYER, *_DELTA_INPUTS_BY_HEAD), carried=(_MTP,))
+QWEN3_NEXT = LLAMA._replace(layer=(*_LAYER, *_DELTA_INPUTS_BY_HEAD), forms=(_ONE_BY_ONE,), carried=(_MTP,))
 QWEN3_5 = LLAMA._replace(
     layer=(*_LAYER, *_DELTA_INPUTS),
     # Folders of the text part alone that were made from a multimodal model keep its names.
     spellings=(Spelling("model.language_model.", "lm_head.weight"),),
+    forms=(_ONE_BY_ONE,),
     carried=(_MTP, "model.visual."),
 )

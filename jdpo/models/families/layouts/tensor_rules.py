@@ -41,6 +41,18 @@ class Spelling(NamedTuple):
     head: str
 
 
+class Form(NamedTuple):
+    """Another way in which folders store some parameters of a layer.
+
+    Attributes:
+      rules: they replace those of the layout's layer with the same paths.
+      is_kept: True if an export has these tensors where the folder that it started from has them.
+    """
+
+    rules: tuple[Rule, ...]
+    is_kept: bool
+
+
 class Layout(NamedTuple):
     """The tensors of a checkpoint.
 
@@ -53,8 +65,7 @@ class Layout(NamedTuple):
       spellings: other names that folders of this family use; an export keeps those of the folder that it started from.
       carried: prefixes of tensors that belong to other parts of a model, such as a vision tower: they are not read or
         trained, and an export has them bit for bit. ("",) for every tensor outside of the text part.
-      forms: other ways in which folders store some parameters of a layer, each as the rules that replace those of
-        `layer` with the same paths. They are read; exports have the tensors of `layer`.
+      forms: other ways in which folders store some parameters of a layer.
     """
 
     prefix: str
@@ -66,7 +77,7 @@ class Layout(NamedTuple):
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     spellings: tuple[Spelling, ...] = ()
     carried: tuple[str, ...] = ()
-    forms: tuple[tuple[Rule, ...], ...] = ()
+    forms: tuple[Form, ...] = ()
 
     @property
     def is_part(self) -> bool:

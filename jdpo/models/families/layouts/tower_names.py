@@ -29,6 +29,7 @@ def in_tower(layout: Layout) -> Layout:
         first=renamed(layout.first),
         last=renamed(layout.last),
         layer=renamed(layout.layer),
+        forms=tuple(form._replace(rules=renamed(form.rules)) for form in layout.forms),
         spellings=_SPELLINGS,
         carried=("",),
     )

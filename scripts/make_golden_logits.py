@@ -243,6 +243,8 @@ def write_case(folder: Path, config: Any) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name or name.endswith("bias") or "alpha_" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
+        if name.endswith("A_log"):
+            parameter.data -= 3  # states that last for several tokens
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     # Read back, since .to(bfloat16) has rounded the rotary frequencies too.

@@ -60,6 +60,26 @@ MULTIPLIERS = {
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 10}
 PARTIAL = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
 
+DELTA = {
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": PARTIAL,
+}
+NARROW_DELTA = {
+    **DELTA,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 3,
+    "linear_value_head_dim": 4,
+    "linear_conv_kernel_dim": 2,
+    "layer_types": ["full_attention", "linear_attention"],
+    "rope_parameters": {**YARN, "partial_rotary_factor": 0.25},
+}
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {}),
     ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -148,6 +168,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("Starcoder2", {"tie_word_embeddings": True}),
     ("Starcoder2", {"use_bias": False, "sliding_window": 3, "tie_word_embeddings": False}),
+    ("Qwen3_5Text", {**DELTA, "attention_bias": True}),
+    ("Qwen3_5Text", {**NARROW_DELTA, "tie_word_embeddings": True}),
+    ("Qwen3_5", {**DELTA, "tie_word_embeddings": True}),
+    ("Qwen3_5", NARROW_DELTA),
 ]
 CASE_NAMES = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
 
@@ -195,6 +219,8 @@ SIGHT: dict[str, dict[str, Any]] = {
     "Gemma3": {**_LIKE_SIGLIP, "vision_use_head": False},
     "Mistral3": {**_LIKE_SIGLIP, "head_dim": 4},
     "Qwen2_5_VL": {**_LIKE_QWEN, "fullatt_block_indexes": [1], "window_size": 16},
+    "Qwen3_5": {**_LIKE_QWEN, "num_position_embeddings": 16},
+    "Qwen3_5Moe": {**_LIKE_QWEN, "num_position_embeddings": 16},
     "Qwen3VL": {**_LIKE_QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
 }
 """vision_config of multimodal models."""
@@ -251,6 +277,8 @@ def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
             parameter.data += 0.3 * torch.randn_like(parameter)
         if name.endswith("projection_weight"):  # Gemma 3's map of images, which starts at zero
             parameter.data += 0.3 * torch.randn_like(parameter)
+        if name.endswith("A_log"):
+            parameter.data -= 3  # states that last for several tokens
     return model
 
 

@@ -22,11 +22,12 @@ from jdpo.training.step.objectives import PreferenceObjective
 from jdpo.training.step.train_step import loss_and_grads
 from jdpo.types import TokenizedPair
 from tests.models.hf_arrays import hf_arrays
-from tests.models.torch_cases import SCALED_YARN
+from tests.models.torch_cases import DELTA, NARROW_DELTA, SCALED_YARN, SIGHT, tower_settings
 
 pytestmark = pytest.mark.torch
 
 BETA, COEF, NUM_PAIRS, LENGTH = 0.3, 0.2, 3, 12
+SHARED = {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 9}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4, "num_hidden_layers": 3}),
     ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
@@ -46,6 +47,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 5, "attention_bias": False}
         | {"layer_types": ["full_attention", "sliding_attention"], "swiglu_alpha": 0.9},
     ),
+    ("Qwen3Next", {**DELTA, **SHARED, "norm_topk_prob": False, "mlp_only_layers": [1]}),
+    ("Qwen3Next", {**NARROW_DELTA, **SHARED, "tie_word_embeddings": True, "attention_bias": True}),
+    ("Qwen3_5MoeText", {**DELTA, **SHARED, "attention_bias": True}),
+    ("Qwen3_5MoeText", {**NARROW_DELTA, **SHARED, "tie_word_embeddings": True}),
+    ("Qwen3_5Moe", {**DELTA, **SHARED}),
+    ("Qwen3_5Moe", {**NARROW_DELTA, **SHARED, "tie_word_embeddings": True}),
 ]
 
 
@@ -69,22 +76,28 @@ def make_torch(seed: int, prefix: str, settings: dict[str, Any], vocab_size: int
         "pad_token_id": None,
         "output_router_logits": True,
     }
-    if prefix == "Qwen3Moe":
+    if prefix.startswith("Qwen3"):
         shape["moe_intermediate_size"] = int(rng.integers(5, 15))
+    if prefix.startswith("Qwen3_5Moe"):
+        del shape["intermediate_size"]  # no layer is dense
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{prefix}Config")(**{**shape, **settings})
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    own = {**shape, **settings}
+    config = getattr(transformers, f"{prefix}Config")(**(tower_settings(prefix, own) if prefix in SIGHT else own))
+    head = "ForConditionalGeneration" if prefix in SIGHT else "ForCausalLM"
+    model = getattr(transformers, prefix.removesuffix("Text") + head)(config).eval()
     model.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith(("bias", "sinks")):
             parameter.data += 0.3 * torch.randn_like(parameter)
+        if name.endswith("A_log"):
+            parameter.data -= 3  # states that last for several tokens
     return model
 
 
 def of_model(model: Any, *, gradients: bool = False) -> dict[str, np.ndarray]:
-    """Returns a torch model's parameters, or gradients, by checkpoint name, with one tensor per expert as in files."""
-    if model.config.model_type == "gpt_oss":
-        parameters = model.named_parameters()
+    """Returns a torch model's parameters, or gradients, by our names, without those of a vision tower."""
+    if model.config.model_type not in ("mixtral", "qwen3_moe"):
+        parameters = [pair for pair in model.named_parameters() if not pair[0].startswith("model.visual.")]
         return {name: (value.grad if gradients else value.detach()).numpy() for name, value in parameters}
     is_mixtral = model.config.model_type == "mixtral"
     block = "block_sparse_moe" if is_mixtral else "mlp"
@@ -168,6 +181,6 @@ def test_everything_equals_torch(tmp_path: Path, toy_model: Path, seed: int, cas
     export_model(
         params, model.config, out, source_folder=source, tokenizer=tokenizer, end_token_ids=[], export_dtype="source"
     )
-    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    again = getattr(transformers, reference.config.architectures[0]).from_pretrained(out)
     again.set_experts_implementation("eager")
     np.testing.assert_array_equal(torch_loss(again, batch)[0].detach().numpy(), logits.detach().numpy())

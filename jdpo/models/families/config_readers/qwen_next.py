@@ -92,4 +92,5 @@ def qwen3_5_moe_text(hf_config: Any) -> ModelConfig:
     layers = tuple(dataclasses.replace(kind, mlp="experts") for kind in _layers(hf_config))
     d_ff = hf_config.moe_intermediate_size
     moe = experts_of(hf_config, hf_config.num_experts, d_ff=d_ff, normalize=True, has_shared=True)
-    return _hybrid(hf_config, layers, moe=moe)
+    # No layer is dense, so config.json has no width for one.
+    return _hybrid(hf_config, layers, moe=moe, d_ff=d_ff)

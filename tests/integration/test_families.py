@@ -34,7 +34,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma2": {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 16, "query_pre_attn_scalar": 12},
     "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 16, "sliding_window_pattern": 2},
     "gpt2": {"architectures": ["GPT2LMHeadModel"]},
-    "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.5},
+    "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "num_key_value_heads": 4, "rotary_pct": 0.5},
     "granite": {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.4, "logits_scaling": 2.0},
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 16},
     "olmo2": {"architectures": ["Olmo2ForCausalLM"]},

@@ -22,7 +22,10 @@ CHANGE_NOTHING: frozenset[str] = frozenset(
         "ignore_keys_at_rope_validation",  # written by transformers' own classes
         # About the tokenizer.
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
-        *("model_max_length", "tokenizer_class", "vocab_file"),
+        *("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length", "padding_side", "tokenizer_class"),
+        "vocab_file",
+        # Lengths under names of training programs; max_position_embeddings is read.
+        *("max_seq_len", "max_seq_length", "max_sequence_length", "seq_length"),
         # What a forward pass returns, apart from logits.
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache"),
         *("num_logits_to_keep", "tie_last_hidden_states"),

@@ -33,7 +33,10 @@ LLAMA3 = {
 
 
 def write(folder: Path, model_type: str, **settings: Any) -> Path:
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **SHAPE, **settings}))
+    # GPT-2 and GPT-NeoX have no grouped queries.
+    left_out = {"num_key_value_heads"} if model_type in ("gpt2", "gpt_neox") else set()
+    shape = {key: value for key, value in SHAPE.items() if key not in left_out}
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **shape, **settings}))
     return folder
 
 
@@ -132,6 +135,9 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
             "no_rope_layers: 2 entries for 4",
         ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True is not supported"),
+        ("gpt_neox", {"head_dim": 8}, "head_dim: 8 is not supported in a model of this family, expected 4"),
+        ("gpt_neox", {"num_key_value_heads": 2}, "num_key_value_heads: 2 is not supported in a model of this family"),
+        ("gpt2", {"intermediate_size": 24}, "intermediate_size: 24 is not supported in a model of the family gpt2"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention: True is not supported"),
         ("olmo2", {"layer_types": ["full_attention"] * 4}, "layer_types: not a setting of the family olmo2"),
         *(

@@ -9,9 +9,18 @@ from jdpo.models.model_config import LayerKind, ModelConfig
 
 
 def _plain_heads(hf_config: Any) -> dict[str, Any]:
-    """Returns sizes of families without grouped queries and with heads of width d / h, whatever config.json has."""
+    """Returns sizes of families without grouped queries and with heads of width d / h.
+
+    Raises:
+      ValueError: config.json has other sizes, which transformers' classes of these families do not follow.
+    """
     num_heads = hf_config.num_attention_heads
-    return {"num_kv_heads": num_heads, "head_dim": hf_config.hidden_size // num_heads}
+    head_dim = hf_config.hidden_size // num_heads
+    for key, size in (("num_key_value_heads", num_heads), ("head_dim", head_dim)):
+        found = getattr(hf_config, key, None)
+        if found not in (None, size):
+            raise ValueError(f"{key}: {found!r} is not supported in a model of this family, expected {size}")
+    return {"num_kv_heads": num_heads, "head_dim": head_dim}
 
 
 def gpt2(hf_config: Any) -> ModelConfig:

@@ -38,9 +38,7 @@ def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], formats: tuple[str
         "num_kv_heads": getattr(hf_config, "num_key_value_heads", None) or num_heads,
         # Missing or null in models whose heads divide the width evenly.
         "head_dim": getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
-        "d_ff": getattr(hf_config, "intermediate_size", None),
-        # Families with LayerNorm have another key for it, and pass it in `own`.
-        "norm_eps": getattr(hf_config, "rms_norm_eps", None),
+        **_sizes_unless(own, hf_config, d_ff="intermediate_size", norm_eps="rms_norm_eps"),
         "max_positions": hf_config.max_position_embeddings,
         **_end_of(layers),
         # Last, so that a family's own values take precedence over the shared ones.
@@ -67,6 +65,11 @@ def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], formats: tuple[str
         tie_embeddings=bool(hf_config.tie_word_embeddings),
         **sizes,
     )
+
+
+def _sizes_unless(own: dict[str, Any], hf_config: Any, **keys: str) -> dict[str, Any]:
+    """Returns the sizes that a family does not give itself; a key that is asked for counts as followed."""
+    return {size: getattr(hf_config, key, None) for size, key in keys.items() if size not in own}
 
 
 def _check_layer(kind: LayerKind, head_dim: int) -> None:

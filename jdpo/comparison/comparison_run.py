@@ -29,7 +29,7 @@ from jdpo.comparison.measuring import Log, Material, Measured, aligned, measure
 from jdpo.comparison.sentences import verdict_of
 from jdpo.config import CONFIGS, load_config
 from jdpo.generation.loaded_model import LoadedModel
-from jdpo.generation.values import Answer, Question
+from jdpo.generation.values import Answer, Question, message_text
 from jdpo.scoring.scorers import By
 from jdpo.training.run_record import RunRecord
 from jdpo.types import CHOSEN, REJECTED
@@ -274,7 +274,7 @@ def _answer_lines(
             line |= {
                 f"{name}_tokens": None if answer.tokens is None else len(answer.tokens),
                 f"{name}_cut_off": answer.finish_reason == "length",
-                f"{name}_text": answer.text,
+                f"{name}_text": message_text(answer.message),
             }
             if (found := distances.get(key)) is not None:
                 line[f"kl_on_{name}"] = float(found.forward.sum(dtype=np.float64))
@@ -299,4 +299,4 @@ def _side_by_side(
 
 def _shown(answer: Answer) -> AnswerShown:
     num_tokens = None if answer.tokens is None else len(answer.tokens)
-    return AnswerShown(text=answer.text, num_tokens=num_tokens, finish_reason=answer.finish_reason)
+    return AnswerShown(text=message_text(answer.message), num_tokens=num_tokens, finish_reason=answer.finish_reason)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jdpo.comparison.compare_document import Better, Figure, Unit, Values
 from jdpo.comparison.intervals import change_of, mean_of, share_of
-from jdpo.generation.values import Answer
+from jdpo.generation.values import Answer, message_text
 
 MOST_SCRIPTS = 8
 REPEATED_RUN = 4
@@ -30,6 +30,11 @@ class AnswerPair(NamedTuple):
 def length_of(answer: Answer) -> int:
     """Returns the tokens of an answer, or its characters if a server did not return tokens."""
     return len(answer.text) if answer.tokens is None else len(answer.tokens)
+
+
+def is_empty(answer: Answer) -> bool:
+    """Returns whether an answer has neither text nor calls; one that is cut off within its thought has none."""
+    return not message_text(answer.message).strip()
 
 
 def repetition(answer: Answer) -> float:
@@ -60,7 +65,9 @@ def answer_figures(pairs: Sequence[AnswerPair]) -> Iterator[Figure]:
     unit: Unit = "tokens" if counted else "characters"
     yield _figure("answers.length", "Length of an answer", unit, "neither", pairs, length_of)
     yield _share("answers.cut_off", "Answers cut off", "down", pairs, lambda answer: answer.finish_reason == "length")
-    yield _share("answers.empty", "Empty answers", "down", pairs, lambda answer: not answer.text.strip())
+    yield _share(
+        "answers.empty", "Empty answers", "down", pairs, lambda answer: not message_text(answer.message).strip()
+    )
     yield _figure("answers.repetition", "Repeated runs of four tokens", "share", "down", pairs, repetition)
     # Once for each answer: every script below is a figure of its own.
     shares = {id(answer): script_shares(answer.text) for pair in pairs for answer in pair}

@@ -61,7 +61,7 @@ def _answers(lines: Sequence[Mapping[str, Any]], *, only_last: bool) -> list[Ste
     found: list[StepAnswer] = []
     for line in lines:
         message = line.get("message")
-        text = shortened(_content(message if isinstance(message, Mapping) else {}))
+        text = shortened(message_shown(message if isinstance(message, Mapping) else {}))
         answer = StepAnswer(line["step"], line["step"], text, line.get("finish_reason") == "length")
         if found and found[-1][2:] == answer[2:]:
             answer = answer._replace(first=found.pop().first)
@@ -78,13 +78,19 @@ def prompt_text(prompt: Any) -> str:
         return prompt
     messages = prompt if isinstance(prompt, list) else []
     return "\n".join(
-        f"{message.get('role', '')}: {_content(message)}" for message in messages if isinstance(message, Mapping)
+        f"{message.get('role', '')}: {message_shown(message)}" for message in messages if isinstance(message, Mapping)
     )
 
 
-def _content(message: Mapping[str, Any]) -> str:
-    content, calls = message.get("content"), message.get("tool_calls")
-    parts = [content] if isinstance(content, str) and content else []
+def message_shown(message: Mapping[str, Any]) -> str:
+    """Returns a message as text: its thought, which may be all of it if it is cut off, its content and its calls.
+
+    >>> message_shown({"role": "assistant", "content": "Dublin.", "reasoning_content": "Of Ireland."})
+    'thought: Of Ireland.\\nDublin.'
+    """
+    thought, content, calls = (message.get(key) for key in ("reasoning_content", "content", "tool_calls"))
+    parts = [f"thought: {thought}"] if isinstance(thought, str) and thought else []
+    parts += [content] if isinstance(content, str) and content else []
     return "\n".join([*parts, *([f"tool calls: {calls}"] if calls else [])])
 
 

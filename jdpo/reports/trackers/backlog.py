@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jdpo.reports.metrics_file import read_metrics
+from jdpo.reports.run_page.run_samples import message_shown
 from jdpo.reports.trackers.delivery import Line
 
 
@@ -18,7 +19,7 @@ def line_of(metrics: Mapping[str, Any]) -> Line:
 
 def line_of_samples(step: int, answers: Sequence[Mapping[str, Any]]) -> Line:
     """Returns lines of samples.jsonl that belong to one step as trackers get them."""
-    return Line(step, samples=[(_readable(line["prompt"]), line["message"]["content"]) for line in answers])
+    return Line(step, samples=[(_readable(line["prompt"]), message_shown(line["message"])) for line in answers])
 
 
 def lines_until(last_step: int | None, metrics: Path, samples: Path) -> Iterator[Line]:

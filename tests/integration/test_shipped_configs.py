@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "EleutherAI/pythia-2.8b": (PYTHIA, 2_775_208_960),
     "allenai/Olmo-3-7B-Instruct-SFT": (published("Olmo-3-7B-Instruct-SFT"), 7_298_011_136),
     "HuggingFaceTB/SmolLM3-3B-checkpoints": (published("SmolLM3-3B"), 3_075_098_624),
-    "google/gemma-3-27b-it": (published("gemma-3-27b-it"), 27_009_346_304),
+    "google/gemma-3-27b-it": (published("gemma-3-27b"), 27_009_346_304),
     "Qwen/Qwen3.5-4B": (published("Qwen3.5-4B"), 4_205_751_296),
     "openai/gpt-oss-20b": (published("gpt-oss-20b"), 20_914_757_184),
     "runs/pythia-hh/sft/model": (PYTHIA, 2_775_208_960),

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jdpo.json_files import read_json, write_json
+from jdpo.models.families import read_model_config
+from jdpo.models.weights.hf_names import hf_tensors
+from tests.golden_models import GOLDEN_MODELS
 from tests.integration.cluster import run_cluster
 
 PROGRAM = Path(__file__).parent / "export_by_two.py"
@@ -73,3 +77,24 @@ def test_the_process_that_has_a_tensor_with_inf_names_it(out: Path) -> None:
 @pytest.mark.full
 def test_refused_exports_leave_no_files(out: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["whole"]
+
+
+@pytest.mark.full
+def test_two_processes_share_out_carried_tensors(toy_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(toy_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = read_json(GOLDEN_MODELS / "gemma3" / "config.json")
+    config["text_config"]["vocab_size"] = read_json(toy_model / "config.json")["vocab_size"]
+    write_json(folder / "config.json", config)
+    rng = np.random.default_rng(0)
+    shapes = {name: pieces[0].hf_shape for name, pieces in hf_tensors(read_model_config(folder)).items()}
+    text = {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+    tower = {f"vision_tower.{index}": rng.integers(0, 99, (30, 50)) for index in range(8)}
+    save_file(text | tower, folder / "model.safetensors")
+    ends = run_cluster([[PROGRAM.with_name("carry_by_two.py"), folder, tmp_path / "out"]] * 2)
+    assert [end.code for end in ends] == [0, 0], ends
+    weight_map = read_json(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
+    assert len({weight_map[name] for name in tower}) == 8  # every second file is the other process's
+    for name, before in (text | tower).items():
+        after = load_file(tmp_path / "out" / weight_map[name])[name]
+        np.testing.assert_array_equal(after, before if name in tower else before + 1, err_msg=name)

@@ -54,12 +54,18 @@ def test_a_run_from_mxfp4_is_the_run_from_bfloat16(
     out = tmp_path / "0" / "model"
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert read_model_config(out) == read_model_config(folders[1])
-    assert "are in MXFP4. They were dequantized to bfloat16" in (out / "README.md").read_text()
+    assert "are in MXFP4. They were dequantized: this one has them in bfloat16" in (out / "README.md").read_text()
     assert "MXFP4" not in (tmp_path / "1" / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("base_dtype", ["bfloat16", "int8"])
-def test_adapters_over_mxfp4(run_words: Words, folders: tuple[Path, Path], tmp_path: Path, base_dtype: str) -> None:
+def test_adapters_over_mxfp4(
+    run_words: Words,
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    base_dtype: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Trains adapters of all projections, experts included, exports them alone, merges them, and asks the model."""
     settings = {**MESH, **LORA, "lora.base_dtype": base_dtype, "lora.target_modules": "all-linear"}
     run = tmp_path / "run"
@@ -72,8 +78,11 @@ def test_adapters_over_mxfp4(run_words: Words, folders: tuple[Path, Path], tmp_p
     moved = trained["base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"]
     assert moved.shape == (2 * 32, 4 * 4)
     assert np.abs(moved.astype(np.float32)).max() > 0
-    assert "was trained next to them" in (run / "model" / "README.md").read_text()
-    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    assert "are in MXFP4. They were dequantized: the adapter" in (run / "model" / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge", "--dtype", "float32"]) == 0
+    assert "MXFP4: they are dequantized" in " ".join(capsys.readouterr().out.split())
+    assert "has them in float32" in (tmp_path / "merged" / "README.md").read_text()
     merged, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", folders[1]))
     assert {name: values.shape for name, values in merged.items()} == {name: x.shape for name, x in source.items()}
     questions = tmp_path / "questions.jsonl"

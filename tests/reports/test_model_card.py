@@ -175,3 +175,18 @@ def test_a_local_base_model_is_not_presented_as_a_hub_name(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert [named(base) for base in ("/models/base", "./base", "runs/sft", "runs", "gs://bucket/base")] == [None] * 5
     assert [named(base) for base in ("gpt2", "org/base-1.5")] == ["gpt2", "org/base-1.5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"config": {"export_dtype": "source"}}, "has them in bfloat16, and no quantization_config"),
+        ({"config": {"export_dtype": "float32"}}, "has them in float32"),
+        ({"config": {"export_dtype": "source"}, "is_adapter": True}, "the adapter was trained next to the result"),
+    ],
+)
+def test_a_dequantized_base_is_named(changes: dict[str, Any], expected: str) -> None:
+    assert "MXFP4" not in card(**changes)
+    text = card(**changes, dequantized=True)
+    assert "The experts of that model are in MXFP4. They were dequantized" in text
+    assert expected in text

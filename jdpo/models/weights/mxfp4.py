@@ -8,6 +8,7 @@ bfloat16, except that 2^127 times more than 1.5 is infinite there, as it is in f
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,14 @@ def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     # One look-up per byte, by its scale and itself, gives two numbers.
     index = scales[:, None].astype(np.uint16) << 8 | blocks
     return _pairs().take(index).view(np.uint16).reshape(-1)
+
+
+def note(folder: Path) -> str:
+    """Returns a line for the log about a folder with weights in MXFP4."""
+    return (
+        f"note: {folder} has its experts in MXFP4: they are dequantized to bfloat16, which holds them exactly, and an "
+        "export has no quantization_config"
+    )
 
 
 @functools.cache

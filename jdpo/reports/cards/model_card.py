@@ -83,8 +83,14 @@ def model_card(facts: CardFacts) -> str:
 def _dequantized(facts: CardFacts) -> list[str]:
     if not facts.dequantized:
         return []
-    own = "was trained next to them" if facts.is_adapter else "has them so, and no quantization_config"
-    return [f"The experts of that model are in MXFP4. They were dequantized to bfloat16; this one {own}."]
+    # MXFP4 is read as bfloat16, so that is what "source" exports.
+    dtype = facts.config["export_dtype"].replace("source", "bfloat16")
+    own = (
+        "the adapter was trained next to the result"
+        if facts.is_adapter
+        else f"this one has them in {dtype}, and no quantization_config"
+    )
+    return [f"The experts of that model are in MXFP4. They were dequantized: {own}."]
 
 
 def _uses_lora(facts: CardFacts) -> bool:

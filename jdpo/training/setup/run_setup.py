@@ -23,6 +23,7 @@ from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.models.families import image_tokens, read_model_config
 from jdpo.models.lora.adapter_config import is_adapter_folder
 from jdpo.models.transformer import abstract_params
+from jdpo.models.weights import mxfp4
 from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.hub_models import has_weights, resolve_folder
 from jdpo.models.weights.loading import check_tensors
@@ -178,10 +179,7 @@ def _open(config: TrainConfig, log: Log, *, weights: bool) -> _Opened:
             entries = tensor_entries(folder)
             check_tensors(folder, entries, source_config)  # headers only, before rows are tokenized
             if in_mxfp4(entries):
-                log(
-                    f"note: {folder} has its experts in MXFP4: they are dequantized to bfloat16, in which an export "
-                    "has them, without quantization_config in its config.json"
-                )
+                log(mxfp4.note(folder))
         else:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
     positions = source_config.max_positions

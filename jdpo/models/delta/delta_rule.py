@@ -101,11 +101,14 @@ def gated_delta_rule(inputs: DeltaInputs, starts_nt: jax.Array, *, chunk: int = 
     @jax.checkpoint
     def advance(state: jax.Array, chunk: _Chunk) -> tuple[jax.Array, jax.Array]:
         read = state.astype(dtype)
+        # Repeated for the value heads, so that these are a batch axis of every product. Otherwise they would be rows or
+        # columns in some of them, and XLA would transpose the state, which is larger, in every step.
+        query, key = (jnp.broadcast_to(x[:, :, None], chunk.readers.shape) for x in (chunk.query, chunk.key))
         written = chunk.values - _product("ngmik,ngmkv->ngmiv", chunk.readers, read)
-        of_state = chunk.decay_in[..., None] * _product("ngik,ngmkv->ngmiv", chunk.query, read)
+        of_state = chunk.decay_in[..., None] * _product("ngmik,ngmkv->ngmiv", query, read)
         output = of_state + _product("ngmij,ngmjv->ngmiv", chunk.scores, written.astype(dtype))
         left = (chunk.decay_out[..., None] * written).astype(dtype)
-        state = chunk.kept[..., None, None] * state + _product("ngjk,ngmjv->ngmkv", chunk.key, left)
+        state = chunk.kept[..., None, None] * state + _product("ngmjk,ngmjv->ngmkv", key, left)
         return state, output.astype(dtype)
 
     n, _, g, m, width = inputs.value.shape

@@ -18,6 +18,8 @@ _PARTS = (
     ("attention._project/value", "attention value"),
     ("attention/output", "attention output"),
     ("attention._attend", "attention"),
+    ("delta._over", "delta rule"),
+    ("/delta/", "DeltaNet"),
     ("attention_norm", "attention norm"),
     ("mlp_norm", "MLP norm"),
     ("mlp/gate", "MLP gate"),
@@ -39,6 +41,8 @@ def origin_of(op_name: str) -> str:
     'MLP up, forward'
     >>> origin_of("jit(train_step)/transpose(jvp())/shard_map/while/body/dv,rv->rd/dot_general")
     'head, backward'
+    >>> origin_of("jit(train_step)/jvp(Transformer.packed)/layer_0/delta/delta._over_rows/shard_map/while/body/sub")
+    'delta rule, forward'
     >>> origin_of("jit(train_step)/mul")
     'update of the weights'
     """

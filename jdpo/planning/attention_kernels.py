@@ -75,7 +75,7 @@ def attention_work(planned: PlannedStep) -> AttentionWork:
         * config.layer_windows.count(window)
         for window in set(config.layer_windows)
         for of_call in lengths
-    ) / (calls * config.num_layers)
+    ) / (calls * max(1, len(config.layer_windows)))
     heads = config.num_heads / mesh.shape["tensor"]
     return AttentionWork(
         backend, 2.0 * heads * config.head_dim * pairs, str(planned.assembly.setup.config.compute_dtype)

@@ -151,7 +151,7 @@ class Assembly:
         """Returns the backend that attends over packed sequences of up to this many positions."""
         model = self.model
         settings = AttentionSettings(model.attention, model.attention_block_q, model.attention_block_kv)
-        return settings.resolve(model.compute_dtype, model.config, length, model.config.layer_windows[0])
+        return settings.resolve(model.compute_dtype, model.config, length, next(iter(model.config.windows), None))
 
     def flops(self, batch: Batch) -> StepFlops:
         """Counts the FLOPs of a step from its batch of numpy arrays."""

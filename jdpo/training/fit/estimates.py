@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from jdpo.chips import chip_of
 from jdpo.devices import target
-from jdpo.models.model_config import ModelConfig
+from jdpo.models.delta.delta_work import kept_by_rule, projection_width, rule_products, value_width
+from jdpo.models.model_config import DeltaConfig, ModelConfig
 from jdpo.sharding.axes import num_batch_shards
 from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.flops import layer_products, products_again
@@ -73,14 +74,31 @@ def kept_bytes(config: ModelConfig, remat: str, *, itemsize: int, places: float,
     h, g = config.num_heads / tensor, config.num_kv_heads / tensor
     f /= tensor
     total = 0.0 if remat == "offload" else itemsize * d
+    of_attention = 0.0
     if remat in ("attention", "dots", "none"):
-        total += places * h * (itemsize * k + max(4, itemsize))
+        of_attention += places * h * (itemsize * k + max(4, itemsize))
     if remat in ("dots", "none"):
-        total += itemsize * ((1 + config.attention_gate) * h * k + 2 * g * k + d + 2 * f)
+        total += itemsize * (d + 2 * f)
+        of_attention += itemsize * ((1 + config.attention_gate) * h * k + 2 * g * k)
     if remat == "none":
-        total += itemsize * (4 * d + 4 * f + places * (h + 2 * g) * k - 2 * g * k)
-        total += itemsize * config.attention_gate * 2 * h * k  # its sigmoid, and what it multiplies
-    return total * config.num_layers
+        total += itemsize * (4 * d + 4 * f)
+        of_attention += itemsize * (places * (h + 2 * g) * k - 2 * g * k)
+        of_attention += itemsize * config.attention_gate * 2 * h * k  # its sigmoid, and what it multiplies
+    num_attention = len(config.layer_windows)
+    of_delta = 0.0 if config.delta is None else _kept_by_delta(config.delta, remat, itemsize, places) / tensor
+    return total * config.num_layers + of_attention * num_attention + of_delta * (config.num_layers - num_attention)
+
+
+def _kept_by_delta(config: DeltaConfig, remat: str, itemsize: int, places: float) -> float:
+    """Returns the bytes per token of a DeltaNet, without the output of its last projection."""
+    kept = 0.0
+    # The rule's output is not kept: its gradient computes the states again, and with them the output.
+    if remat in ("dots", "none"):
+        kept += itemsize * projection_width(config)
+    if remat == "none":
+        # The norm's input and output, and the gated output.
+        kept += places * kept_by_rule(config, itemsize) + 3 * itemsize * value_width(config)
+    return kept
 
 
 def _mlp_width(config: ModelConfig) -> float:
@@ -141,7 +159,8 @@ def estimate_step(assembly: Assembly, policies: Iterable[str], batch: Batch) -> 
         return kept_bytes(config, remat, itemsize=itemsize, places=places, tensor=tensor)
 
     # Each query sees half of its sequence; scores and weighted values are two products.
-    attention_again = 2 * places * config.num_heads / tensor * config.head_dim * length / 2 * config.num_layers
+    attention_again = places * config.num_heads / tensor * config.head_dim * length * len(config.layer_windows)
+    rule_forward, rule_backward = _rule_products(config, places, length)
     # Frozen weights have no gradient.
     passes = 3 if setup.adaptation is None else 2
 
@@ -153,6 +172,7 @@ def estimate_step(assembly: Assembly, policies: Iterable[str], batch: Batch) -> 
     def seconds(remat: str) -> float:
         multiplied = passes * products + products_again(config, remat) / tensor
         multiplied += attention_again if remat in ("full", "offload") else 0
+        multiplied += ((1 + (remat != "none")) * rule_forward + rule_backward) / tensor
         return 2 * multiplied / speeds.flops + moved_seconds(remat)
 
     gathered = itemsize * LAYERS_AT_WORK * products / config.num_layers
@@ -170,6 +190,15 @@ def estimate_step(assembly: Assembly, policies: Iterable[str], batch: Batch) -> 
         seconds_per_micro_batch=(ACCUMULATED_BYTES * trained + passes * itemsize * (trained + frozen)) / speeds.memory,
         wire_seconds=wire / tensor / speeds.wire if mesh.size > 1 else 0.0,
     )
+
+
+def _rule_products(config: ModelConfig, places: float, length: int) -> tuple[float, float]:
+    """Returns the multiplications per token of the delta rule in all layers, forward and backward."""
+    if config.delta is None:
+        return 0.0, 0.0
+    of_layer = rule_products(config.delta, length)
+    num_places = places * (config.num_layers - len(config.layer_windows))
+    return num_places * of_layer.forward, num_places * of_layer.backward
 
 
 def batch_bytes(assembly: Assembly, remat: str, batch: Batch) -> float:

@@ -8,7 +8,9 @@ K. A prompt P with its chosen C and rejected R takes
     executed    the same for all slots, positions and chunks that the program runs, padding included, and what it
                 computes again: the head's logits (8 h) unless they are kept, attention's scores, and what remat drops
 
-where pairs are pairs of a query and a key that it sees, each prompt once. A live reference adds a forward pass to both:
+where pairs are pairs of a query and a key that it sees, each prompt once. Layers with a DeltaNet have no pairs; their
+delta rule adds 18 k v FLOPs for each token and value head, of widths k and v, to the logical ones, and what its chunks
+multiply to the executed ones. A live reference adds a forward pass to both:
 2 N (P + C + R) + 2 h (C + R) + 4 L H K pairs.
 
 Frozen weights get no gradient: with adapters of M weights, 6 N and 6 h become 4 N and 4 h, and 6 M (P + C + R) is
@@ -24,6 +26,7 @@ import numpy as np
 
 from jdpo.losses.linear_chunks import MIN_CHUNK_TOKENS, default_chunk, scored_mask
 from jdpo.models.attention.work import PRODUCTS, causal_pairs, computed_pairs
+from jdpo.models.delta.delta_work import RuleProducts, projection_width, rule_products, value_width
 from jdpo.models.model_config import ModelConfig
 from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
 
@@ -67,15 +70,16 @@ class Arithmetic(NamedTuple):
 
 
 class _Amounts(NamedTuple):
-    """Tokens in the layers, in the head and in experts, and pairs of attention over all layers."""
+    """Tokens in the layers, in the head, in experts and in delta rules, and pairs of attention over all layers."""
 
     tokens: int
     scored: int
     pairs: int
     routed: int  # padding goes to no expert
+    mixed: int  # a prompt is in the sequence of each of its answers
 
 
-_ONE_TOKEN = _Amounts(tokens=1, scored=1, pairs=1, routed=1)
+_ONE_TOKEN = _Amounts(tokens=1, scored=1, pairs=1, routed=1, mixed=1)
 
 
 def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlops:
@@ -106,6 +110,9 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
     )
     # _again counts multiplications; each comes with an addition.
     executed += 2.0 * _again(config, program.remat, run)
+    length = batch.gather.shape[-1] if isinstance(batch, PackedBatch) else batch.tokens.shape[-1]
+    logical += 2.0 * (3 + reference) * _rule_products(config, length).needed * real.mixed
+    executed += 2.0 * _rule_products_run(config, length, program.remat, forwards) * run.mixed
     of_adapters = 2.0 * (program.adapters or 0)
     in_reference = int(program.live_reference and program.adapters_in_reference)
     # Under dots the outputs of matrix products are kept, so none is multiplied again.
@@ -131,7 +138,10 @@ def _matrices(config: ModelConfig) -> _Matrices:
     # Query, output and a gate; key and value.
     heads = (2 + config.attention_gate) * config.num_heads + 2 * config.num_kv_heads
     maps, num_dense = 2 + config.gated_mlp, _num_dense(config)  # up and down, and a gate
-    shared = config.num_layers * heads * config.head_dim + num_dense * maps * config.d_ff
+    num_attention = len(config.layer_windows)
+    shared = num_attention * heads * config.head_dim + num_dense * maps * config.d_ff
+    if config.delta is not None:
+        shared += (config.num_layers - num_attention) * (projection_width(config.delta) + value_width(config.delta))
     if config.moe is None:
         return _Matrices(config.d_model * shared, 0)
     num_sparse = config.num_layers - num_dense
@@ -177,8 +187,27 @@ def _again(config: ModelConfig, remat: str, run: _Amounts) -> int:
         return products
     last = _num_dense(config) * config.d_ff
     if config.parallel_residual:
-        last += config.num_layers * config.num_heads * config.head_dim
+        last += len(config.layer_windows) * config.num_heads * config.head_dim
     return products - last * config.d_model * run.tokens
+
+
+def _rule_products(config: ModelConfig, length: int) -> RuleProducts:
+    """Multiplications of the delta rule per token, in all layers that have one."""
+    if config.delta is None:
+        return RuleProducts(0, 0, 0)
+    num_layers = config.num_layers - len(config.layer_windows)
+    return RuleProducts(*(num_layers * products for products in rule_products(config.delta, length)))
+
+
+def _rule_products_run(config: ModelConfig, length: int, remat: str, forwards: int) -> int:
+    """Multiplications per place of these rules in a step.
+
+    Args:
+      forwards: passes that compute no gradients.
+    """
+    products = _rule_products(config, length)
+    # No policy but "none" keeps what its gradient reads.
+    return (1 + forwards + (remat != "none")) * products.forward + products.backward
 
 
 def _products_again(remat: str, products: Any) -> int:
@@ -194,7 +223,8 @@ def _products_again(remat: str, products: Any) -> int:
 def _packed_real(config: ModelConfig, batch: PackedBatch) -> _Amounts:
     used, scored = _used(batch), scored_mask(batch)
     num_used = int(used.sum())
-    return _Amounts(num_used, int(scored.sum()), _pairs_at(config, np.asarray(batch.positions)[used]), num_used)
+    pairs = _pairs_at(config, np.asarray(batch.positions)[used])
+    return _Amounts(num_used, int(scored.sum()), pairs, num_used, num_used)
 
 
 def _used(batch: PackedBatch) -> np.ndarray:
@@ -237,7 +267,7 @@ def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) ->
     num_scored_run = int((-(-scored.max(1) // chunk)).sum()) * chunk * rows
     if _keeps_logits(config, batch, program):  # in one chunk, which always runs
         num_scored_run = batch.logp_pair.size
-    return _Amounts(batch.tokens.size, num_scored_run, pairs, int(_used(batch).sum()))
+    return _Amounts(batch.tokens.size, num_scored_run, pairs, int(_used(batch).sum()), batch.gather.size)
 
 
 # --- padded rows
@@ -251,14 +281,15 @@ def _padded_real(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) 
     if isinstance(batch, PreferenceBatch):
         mask[..., REJECTED, :] &= completion[..., REJECTED, :]  # the prompt counts once, on the chosen side
     positions = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)[mask]
-    return _Amounts(int(mask.sum()), scored, _pairs_at(config, positions), int(mask.sum()))
+    num_used = int(mask.sum())
+    return _Amounts(num_used, scored, _pairs_at(config, positions), num_used, num_used)
 
 
 def _padded_run(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) -> _Amounts:
     tokens = batch.tokens.size
     # XLA's attention multiplies every query with every key, also with those that the mask then hides.
-    pairs = tokens * batch.tokens.shape[-1] * config.num_layers
-    return _Amounts(tokens, tokens, pairs, int(np.sum(batch.attention_mask)))
+    pairs = tokens * batch.tokens.shape[-1] * len(config.layer_windows)
+    return _Amounts(tokens, tokens, pairs, int(np.sum(batch.attention_mask)), tokens)
 
 
 def _pairs_at(config: ModelConfig, positions: np.ndarray) -> int:

@@ -16,8 +16,9 @@ from jdpo.training.step.offload import weight_by_weight
 from jdpo.training.step.rounding import store, wide
 from jdpo.words import figure
 
-UNDECAYED = ("scale", "bias", "sinks", *XIELU_PARAMETERS)
-"""Last names of the weights without weight decay: norm scales, biases, attention sinks, and parameters of xIELU."""
+UNDECAYED = ("scale", "bias", "sinks", "a_log", "dt_bias", *XIELU_PARAMETERS)
+"""Last names of the weights without weight decay: norm scales, biases, attention sinks, the rates of decay of a
+DeltaNet's state, and parameters of xIELU."""
 
 
 def num_warmup_steps(settings: OptimizationSettings, num_steps: int) -> int:

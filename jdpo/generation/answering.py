@@ -134,7 +134,7 @@ class Answering:
     def _cheap_slots(self, num_rows: int) -> int:
         """Returns a number of slots per row that costs little to read, at least `_FEWEST_SLOTS`."""
         config, engine = self._engine.model.config, self._engine
-        num_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_rows
+        num_values = 2 * max(1, len(config.layer_windows)) * config.num_kv_heads * config.head_dim * num_rows
         most = _SHARE_OF_WEIGHTS * engine.weight_bytes / (num_values * np.dtype(engine.model.compute_dtype).itemsize)
         return max(_FEWEST_SLOTS, power_of_two(int(most) + 1) // 2)
 

@@ -21,7 +21,7 @@ from jdpo.models.attention.work import causal_pairs, computed_pairs
 from jdpo.models.lora.adapters import Lora, abstract_adapters, num_adapter_params
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.targets import find_sites
-from jdpo.models.model_config import MoEConfig
+from jdpo.models.model_config import DeltaConfig, LayerKind, ModelConfig, MoEConfig
 from jdpo.models.remat import REMAT_ORDER
 from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
@@ -83,6 +83,22 @@ def test_only_experts_that_a_token_is_routed_to_count_and_padding_has_none() -> 
     again += step_flops(CONFIG, batch, Arithmetic("xla", "none")).executed
     # The router and all maps of the experts replace the MLP of a dense layer.
     assert again == 2 * ((8 * 8 - 2 * 128) * batch.tokens.size + of_experts * TOKENS)
+
+
+def with_delta(config: ModelConfig, delta: DeltaConfig) -> ModelConfig:
+    """Returns the config with a DeltaNet in its first layer."""
+    return dataclasses.replace(config, layers=(LayerKind(rope=None, mixer="delta"), *config.layers[1:]), delta=delta)
+
+
+def test_a_delta_net_has_its_own_projections_and_no_pairs() -> None:
+    delta = DeltaConfig(num_key_heads=2, num_value_heads=6, key_head_dim=3, value_head_dim=5, conv_width=4)
+    # Query and key, value, gate and output, and a decay and a beta for each value head; the second layer as before.
+    projections = 8 * (2 * 2 * 3 + 3 * 6 * 5 + 2 * 6)
+    matrices = N - (2 * 128 + 2 * 64) + projections
+    for batch in (packed(PAIR, SHAPE), in_micro_batches(collate_pairs(PAIR, num_slots=3, length=9, pad_token_id=0))):
+        found = step_flops(with_delta(CONFIG, delta), batch, Arithmetic("xla", "full")).logical
+        # Predict, write, read.
+        assert found == 6 * matrices * TOKENS + 6 * HEAD * SCORED + 12 * WIDTH * 15 + 6 * 3 * (6 * 3 * 5) * TOKENS
 
 
 @pytest.mark.parametrize("live_reference", [False, True])
@@ -216,6 +232,22 @@ def test_executed_flops_of_other_layers_equal_xlas_count(own: dict[str, Any], re
     batch = pack_step(pairs, np.arange(3), plan.step(np.arange(3)))
     objective = PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
     expected = step_flops(one_layer, batch, Arithmetic("xla", remat, live_reference=True)).executed
+    assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_executed_flops_of_a_delta_net_equal_xlas_count(remat: str) -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    delta = DeltaConfig(num_key_heads=4, num_value_heads=8, key_head_dim=32, value_head_dim=32, conv_width=4)
+    one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1], vocab_size=8, d_ff=16)
+    model = Transformer(with_delta(one_layer, delta), remat=remat, attention="xla", compute_dtype=jnp.float32)
+    # Rows of one chunk: XLA counts the loop over chunks as one round.
+    pairs = pairs_of(*((20, 40, 44),) * 8)
+    plan = plan_run(item_sizes(pairs), [np.arange(8)], num_shards=1, max_tokens_per_device=4096)
+    batch = pack_step(pairs, np.arange(8), plan.step(np.arange(8)))
+    objective = PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
+    expected = step_flops(model.config, batch, Arithmetic("xla", remat, live_reference=True)).executed
     assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
 
 

@@ -52,6 +52,23 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "Starcoder2": ({"sliding_window": 4}, "all-linear"),
 }
 
+# The projections of a DeltaNet: apart, and fused by key heads.
+DELTA_NET = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 3,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
+CASES["Qwen3_5"] = (DELTA_NET, "all-linear")
+CASES["Qwen3Next"] = (
+    DELTA_NET
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "shared_expert_intermediate_size": 12},
+    ["in_proj_qkvz", "in_proj_ba", "linear_attn.out_proj", "q_proj"],
+)
+
 # Tensors with the maps of all experts, which PEFT adapts as parameters; gate and up share an A.
 IN_ONE_TENSOR = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 6, "sliding_window": 4}
 PARAMETERS = {"GptOss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -76,7 +93,7 @@ def torch_model(name: str, settings: dict[str, Any], folder: Path) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    config_name = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}.get(name, f"{name}Config")
     model_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     config = getattr(transformers, config_name)(**{**SIZES, **settings})
     model = getattr(transformers, model_name)(config).eval()

@@ -12,7 +12,7 @@ import pytest
 from jdpo.config import DPOConfig, load_config
 from jdpo.devices import Target, compiling_for
 from jdpo.models.families import read_model_config
-from jdpo.models.model_config import MoEConfig
+from jdpo.models.model_config import DeltaConfig, LayerKind, MoEConfig
 from jdpo.planning.planned_step import plan_step
 from jdpo.training.fit.estimates import (
     CPU,
@@ -48,6 +48,26 @@ def test_of_experts_only_those_that_a_token_goes_through_count() -> None:
     sparse = dataclasses.replace(llama, layers=layers, moe=moe)
     dense, of_experts = (kept_bytes(config, "dots", itemsize=2, places=1.0) for config in (llama, sparse))
     assert dense == of_experts
+
+
+def test_a_delta_net_keeps_its_projections_under_dots_and_nothing_before() -> None:
+    llama = read_model_config(SHAPES / "Llama-3.2-1B")
+    delta = DeltaConfig(num_key_heads=2, num_value_heads=6, key_head_dim=8, value_head_dim=16, conv_width=4)
+    layers = (LayerKind(rope=None, mixer="delta"), *llama.layers[1:])
+    hybrid = dataclasses.replace(llama, layers=layers, delta=delta)
+
+    def less(remat: str, tensor: int = 1) -> float:
+        """What the model with a DeltaNet in one layer keeps less than that with attention in all."""
+        kept = [kept_bytes(config, remat, itemsize=2, places=1.5, tensor=tensor) for config in (llama, hybrid)]
+        return kept[0] - kept[1]
+
+    heads, width = llama.num_heads, llama.head_dim
+    of_attention = 1.5 * heads * (2 * width + 4)
+    assert less("full") == less("offload") == 0
+    assert less("attention") == of_attention
+    projections = 2 * (heads + 2 * llama.num_kv_heads) * width
+    assert less("dots") == of_attention + projections - 2 * (2 * 2 * 8 + 2 * 6 * (16 + 1))
+    assert less("dots", tensor=2) == less("dots") / 2
 
 
 def estimated(shape: str, **settings: object) -> tuple[StepEstimate, int, list[float]]:

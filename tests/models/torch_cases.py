@@ -172,6 +172,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3_5Text", {**NARROW_DELTA, "tie_word_embeddings": True}),
     ("Qwen3_5", {**DELTA, "tie_word_embeddings": True}),
     ("Qwen3_5", NARROW_DELTA),
+    # As Ministral 3 is published.
+    ("Mistral3", {"model_type": "ministral3", "rope_parameters": SCALED_QUERIES, "tie_word_embeddings": True}),
 ]
 CASE_NAMES = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
 
@@ -251,7 +253,7 @@ def tower_settings(prefix: str, shape: dict[str, Any]) -> dict[str, Any]:
             "eoi_token_index": end,
         }
     if prefix == "Mistral3":
-        text["model_type"] = "mistral"
+        text.setdefault("model_type", "mistral")
     if prefix == "Qwen2_5_VL":
         del text["head_dim"]  # which this family lacks
     return {"text_config": text, "vision_config": vision, **own}

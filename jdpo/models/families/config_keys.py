@@ -104,6 +104,7 @@ _OF_DELTA: dict[str, Values | None] = {
     ),
     "full_attention_interval": None,  # transformers' classes turn it into layer_types
     "mamba_ssm_dtype": ("float32",),  # of the states, as here
+    "output_gate_type": ("silu", "swish"),  # of the output of a DeltaNet, which is multiplied by SiLU of a gate
     # Of tensors that predict further tokens, which are carried and not trained.
     **dict.fromkeys(("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "num_nextn_predict_layers")),
 }

@@ -71,8 +71,22 @@ CASES["Qwen3Next"] = (
 
 # Tensors with the maps of all experts, which PEFT adapts as parameters; gate and up share an A.
 IN_ONE_TENSOR = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 6, "sliding_window": 4}
-PARAMETERS = {"GptOss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+_MAPS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PARAMETERS = {"GptOss": _MAPS, "Qwen3_5Moe": _MAPS}
 CASES["GptOss"] = (IN_ONE_TENSOR, ["q_proj", "o_proj", *PARAMETERS["GptOss"]])
+
+# Next to experts in one tensor, a shared one whose maps are dense.
+SHARED = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 9}
+CASES["Qwen3_5Moe"] = (DELTA_NET | SHARED, ["q_proj", "shared_expert.up_proj", "shared_expert_gate", *_MAPS])
+
+EXPERTS = {**DELTA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 7}
+WITH_EXPERTS |= {"shared_expert_intermediate_size": 9}
+CASES["Qwen3_5"] = (DELTA, "all-linear")
+CASES["Qwen3_5Moe"] = (WITH_EXPERTS, ["in_proj_z", "shared_expert_gate", *PARAMETERS["Qwen3_5Moe"]])
+CASES["Qwen3Next"] = (
+    WITH_EXPERTS,
+    ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert.up_proj", *PARAMETERS["Qwen3Next"]],
+)
 
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 6, "num_hidden_layers": 2}
 OF_EXPERTS: dict[str, tuple[dict[str, Any], Any]] = {
@@ -93,7 +107,7 @@ def torch_model(name: str, settings: dict[str, Any], folder: Path) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config_name = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}.get(name, f"{name}Config")
+    config_name = f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{name}Config"
     model_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     config = getattr(transformers, config_name)(**{**SIZES, **settings})
     model = getattr(transformers, model_name)(config).eval()

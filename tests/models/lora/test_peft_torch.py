@@ -79,15 +79,6 @@ CASES["GptOss"] = (IN_ONE_TENSOR, ["q_proj", "o_proj", *PARAMETERS["GptOss"]])
 SHARED = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 9}
 CASES["Qwen3_5Moe"] = (DELTA_NET | SHARED, ["q_proj", "shared_expert.up_proj", "shared_expert_gate", *_MAPS])
 
-EXPERTS = {**DELTA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 7}
-WITH_EXPERTS |= {"shared_expert_intermediate_size": 9}
-CASES["Qwen3_5"] = (DELTA, "all-linear")
-CASES["Qwen3_5Moe"] = (WITH_EXPERTS, ["in_proj_z", "shared_expert_gate", *PARAMETERS["Qwen3_5Moe"]])
-CASES["Qwen3Next"] = (
-    WITH_EXPERTS,
-    ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert.up_proj", *PARAMETERS["Qwen3Next"]],
-)
-
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 6, "num_hidden_layers": 2}
 OF_EXPERTS: dict[str, tuple[dict[str, Any], Any]] = {
     "Mixtral": (EXPERTS | {"num_local_experts": 3}, "all-linear"),

@@ -91,7 +91,11 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("prefix", SIGHT)
 def test_training_changes_only_the_text_part(
-    run_words: Callable[..., list[str]], toy_model: Path, tmp_path: Path, prefix: str
+    run_words: Callable[..., list[str]],
+    toy_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prefix: str,
 ) -> None:
     source = write_source(prefix, toy_model, tmp_path / "source")
     before, (logits, tokens) = tensors_of(source), answer(source)
@@ -110,6 +114,7 @@ def test_training_changes_only_the_text_part(
             model_name_or_path=source, output_dir=tmp_path / name, max_steps=2, max_shard_size="20KB", **settings
         )
         assert main(["dpo", *words]) == 0
+        assert f"{source} has {len(others)} tensors" in capsys.readouterr().err
         out = tmp_path / name / "model"
         answers[name] = new_logits, new_tokens = answer(out, source if name == "adapter" else None)
         assert np.array_equal(new_logits, logits) == (name == "still"), name

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from jdpo.config import ModelSettings, public_text, refuse_passwords
 from jdpo.models.lora.adapter_config import CONFIG_NAME, base_of, is_adapter_folder
 from jdpo.models.model_config import ModelConfig
+from jdpo.models.weights import mxfp4
+from jdpo.models.weights.folder_names import carried
 from jdpo.models.weights.hub_models import resolve_folder
+from jdpo.models.weights.safetensors_folder import TensorEntry, in_mxfp4
+from jdpo.safe_text import terminal
+from jdpo.words import figure, memory
 
 
 class Sources(NamedTuple):
@@ -84,6 +90,18 @@ def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer_folder = adapter if adapter is not None and has_tokenizer else folder
     return Sources(public_text(name), revision, folder, adapter, tokenizer_folder)
+
+
+def notes_on_weights(folder: Path, entries: Mapping[str, TensorEntry], config: ModelConfig) -> Iterator[str]:
+    """Yields what a user should know about the tensors of a model folder."""
+    if in_mxfp4(entries):
+        yield mxfp4.note(folder)
+    if others := carried(entries, config):
+        size = memory(sum(entry.num_bytes for entry in others.values()))
+        yield (
+            f"note: {folder} has {figure(len(others), 'tensor')} ({size}) outside of the text model that is trained, "
+            f"such as {terminal(next(iter(others)))}; an export of the whole model has them as they are"
+        )
 
 
 def check_positions(source_config: ModelConfig, *, max_length: int, name: str) -> None:

@@ -23,11 +23,10 @@ from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.models.families import image_tokens, read_model_config
 from jdpo.models.lora.adapter_config import is_adapter_folder
 from jdpo.models.transformer import abstract_params
-from jdpo.models.weights import mxfp4
 from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.hub_models import has_weights, resolve_folder
 from jdpo.models.weights.loading import check_tensors
-from jdpo.models.weights.safetensors_folder import in_mxfp4, tensor_entries
+from jdpo.models.weights.safetensors_folder import tensor_entries
 from jdpo.processes import PROGRESS, run_jointly
 from jdpo.sharding.mesh import check_batch_size
 from jdpo.sharding.rules import undivided_dims
@@ -35,6 +34,7 @@ from jdpo.sharding.slices import slice_sizes
 from jdpo.training.setup.adaptation import check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_setup import ModelSetup, build_model
+from jdpo.training.setup.model_sources import notes_on_weights
 from jdpo.training.setup.row_order import Log, check_images, check_scores, num_steps_of, plan_rows
 from jdpo.training.setup.sample_prompts import SamplePrompt, read_sample_prompts
 from jdpo.training.setup.shared_rows import prepare_rows
@@ -178,8 +178,8 @@ def _open(config: TrainConfig, log: Log, *, weights: bool) -> _Opened:
         if weights or has_weights(folder):
             entries = tensor_entries(folder)
             check_tensors(folder, entries, source_config)  # headers only, before rows are tokenized
-            if in_mxfp4(entries):
-                log(mxfp4.note(folder))
+            for note in notes_on_weights(folder, entries, source_config):
+                log(note)
         else:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
     positions = source_config.max_positions

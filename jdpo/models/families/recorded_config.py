@@ -29,6 +29,8 @@ class RecordedConfig:
         self._parts: dict[str, RecordedConfig | RecordedSettings] = {}
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own protocols, such as copying, before there is a config
+            raise AttributeError(name)
         # Before the value, which may be missing: a reader that asks for a key and has a default follows that key.
         self._read.add(self._hf_config.attribute_map.get(name, name))
         value = getattr(self._hf_config, name)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jdpo.models.families import read_model_config
 from jdpo.models.lora.adapters import Lora
 from jdpo.models.lora.peft_folder import target_expression
-from jdpo.models.lora.targets import choose_sites, find_sites
+from jdpo.models.lora.targets import choose_sites, find_sites, frozen_modules
 from jdpo.models.transformer import Transformer
 from jdpo.models.weights.embedding_rows import started_rows
 from jdpo.models.weights.loading import load_params
@@ -173,3 +173,5 @@ def test_adapters_name_no_module_of_another_part() -> None:
         name for name in names if name.endswith(("q_proj", "down_proj"))
     }
     assert not pattern.fullmatch("model.vision_tower.encoder.layers.0.self_attn.q_proj")
+    # Training can continue from such an adapter, whose expression selects the same modules.
+    assert choose_sites(find_sites(model), pattern.pattern, frozen_modules(model, find_sites(model))) == sites

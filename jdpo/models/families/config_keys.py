@@ -139,7 +139,8 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
     "qwen3_vl": _OF_IMAGES,
     "qwen3_next": {**_OF_DELTA, **_OF_EXPERTS},
     "qwen3_5_text": _OF_DELTA,
-    "qwen3_5_moe_text": _OF_DELTA,
+    # No layer has an MLP besides its experts.
+    "qwen3_5_moe_text": {**_OF_DELTA, "intermediate_size": None},
     # transformers' classes turn these into layer_types or a window, which is read.
     "gemma3_text": {"sliding_window_pattern": None},
     "qwen2": {"max_window_layers": None, "use_mrope": (False,)},

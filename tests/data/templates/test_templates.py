@@ -77,6 +77,30 @@ FAMILIES = {
     "zephyr": Family(tail="{eos}\n"),
 }
 
+NEWER_FAMILIES = {
+    "apertus": Family(
+        tuple(
+            f"<|{role}_{place}|>" for role in ("system", "developer", "user", "assistant") for place in ("start", "end")
+        ),
+        tail="<|assistant_end|>",
+        bos="first",
+    ),
+    "gemma3": Family(("<start_of_turn>", "<end_of_turn>"), tail="<end_of_turn>\n", bos="first", trims=True),
+    "gpt_oss": Family(
+        ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"),
+        lead="<|channel|>final<|message|>",
+        tail="<|return|>",
+    ),
+    "ministral3": Family(("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), tail="{eos}", bos="first"),
+    "mistral_small3": Family(("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), tail="{eos}", bos="first"),
+    "olmo3": Family(CHATML_MARKERS, tail="{eos}"),
+    "phi4_mini_instruct": Family(("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), tail="<|end|>{eos}"),
+    "qwen3_next": Family(CHATML_MARKERS),
+    "seed_oss": Family(("<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>"), tail="<seed:eos>", trims=True),
+    "starcoder2_chat": Family(tail="{eos}", bos="first", system=False),
+}
+"""Of the families since 2025, those whose conversations start with their prompt whatever the answer is."""
+
 
 def user(content: str) -> Message:
     return {"role": "user", "content": content}
@@ -122,7 +146,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Token
             if family == "chatml"
             else TEMPLATES / f"{family}.jinja"
         )
-        give_template(hf, own, FAMILIES[family].markers if family in FAMILIES else ())
+        known = FAMILIES | NEWER_FAMILIES
+        give_template(hf, own, known[family].markers if family in known else ())
         folder = tmp_path_factory.mktemp("families") / family
         hf.save_pretrained(folder)
         return load_tokenizer(folder, chat_template=None)
@@ -198,10 +223,10 @@ def check_specials(tokenizer: Tokenizer, num_bos: int, ids: list[int], completio
     assert set(completion[: -len(tail)]).isdisjoint({*tokenizer.end_token_ids, bos})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.full) for name in NEWER_FAMILIES)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_of_every_family_with_every_kind(load: Callable[[str, str], Tokenizer], kind: str, name: str) -> None:
-    tokenizer, family = load(kind, name), FAMILIES[name]
+    tokenizer, family = load(kind, name), (FAMILIES | NEWER_FAMILIES)[name]
     for row_name, (prompt, chosen, rejected) in ROWS.items():
         row = PreferenceRow(prompt, [assistant(chosen)], [assistant(rejected)], row_name)
         if prompt[0]["role"] == "system" and not family.system:

@@ -92,6 +92,16 @@ def answer(text: str, tokens: list[int], *, prompt: int = 0, cut: bool = False) 
     return Answer(f"{prompt:016x}", 0, message, tokens, "length" if cut else "stop", -1.0)
 
 
+def test_a_call_is_an_answer_and_a_thought_alone_is_none() -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    calling, thinking = (
+        answer("", [1, 2])._replace(message={"role": "assistant", "content": "", **more})
+        for more in ({"tool_calls": [call]}, {"reasoning_content": "Hm."})
+    )
+    found = by_name(answer_figures([AnswerPair(calling, thinking)]))["answers.empty"].all
+    assert (found.before.value, found.after.value) == (0.0, 1.0)
+
+
 def test_answers_by_hand() -> None:
     found = by_name(
         answer_figures(

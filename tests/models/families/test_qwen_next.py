@@ -29,6 +29,7 @@ PUBLISHED: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 2048,
     "initializer_range": 0.02,
+    "intermediate_size": 5632,
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128,

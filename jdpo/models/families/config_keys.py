@@ -111,7 +111,13 @@ _OF_DELTA: dict[str, Values | None] = {
 # Read if a layer has experts.
 _OF_EXPERTS: dict[str, Values | None] = dict.fromkeys(
     (
-        *("moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok", "router_aux_loss_coef"),
+        *(
+            "moe_intermediate_size",
+            "norm_topk_prob",
+            "num_experts_per_tok",
+            "num_local_experts",
+            "router_aux_loss_coef",
+        ),
         "shared_expert_intermediate_size",
     )
 )

@@ -12,7 +12,8 @@ from jdpo.safe_text import terminal
 SAFETENSORS_GLOB = "*.safetensors"
 _PATTERNS = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
 _TEMPLATES_GLOB = "additional_chat_templates/*.jinja"
-_IGNORED = ["consolidated*.safetensors"]  # Mistral's own format: the same weights a second time
+# The same weights a second time: Mistral's own format, and folders such as `original/` of gpt-oss.
+_IGNORED = ["consolidated*.safetensors", "*/*.safetensors"]
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 _BIN_GLOBS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 

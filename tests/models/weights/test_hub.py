@@ -112,6 +112,7 @@ def serving(files: list[str]) -> Iterator[str]:
 def test_which_files_are_downloaded(tmp_path: Path) -> None:
     wanted = ["config.json", "model-00001-of-00001.safetensors", "tokenizer.json", "chat_template.jinja"]
     others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "pytorch_model.bin", "code.py"]
+    others += ["original/model.safetensors"]
     program = "from jdpo.models.weights.hub_models import resolve_folder; print(resolve_folder('owner/model'))"
     with serving(wanted + others) as endpoint:
         environment = os.environ | {

@@ -17,6 +17,7 @@ from jdpo.models.weights.hf_names import hf_tensors
 from jdpo.reports.metrics_file import read_metrics
 from tests.conftest import chat_pairs, write_jsonl
 from tests.integration.cluster import run_cluster
+from tests.models.mxfp4_folders import write_folders
 
 PROGRAM = Path(__file__).parent / "train_by_two.py"
 
@@ -34,6 +35,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": LORA | SAMPLED,
     "int8": LORA | {"lora.base_dtype": "int8"},
     "experts": {"mesh.data": 2, "mesh.expert": 4},
+    # All experts of a layer in one tensor, of which each process reads its own part.
+    "mxfp4": {"mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2, "export_dtype": "float32"},
 }
 
 
@@ -54,16 +57,26 @@ def mixtral(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(toy_model: Path, mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpt_oss(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's tokenizer with the random weights of a gpt-oss, experts in MXFP4."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    shutil.copytree(toy_model, folder / "model")
+    vocab_size = json.loads((toy_model / "config.json").read_text())["vocab_size"]
+    write_folders(folder / "model", folder / "plain", vocab_size=vocab_size)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def runs(toy_model: Path, mixtral: Path, gpt_oss: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder NAME-COUNT for each run, made by one process and by two."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, models = tmp_path_factory.mktemp("runs"), {"experts": mixtral, "mxfp4": gpt_oss}
     pairs = write_jsonl(
         folder / "pairs.jsonl", chat_pairs(16, words=(6, 7))
     )  # rows of one length need one shape to compile
 
     def words(name: str, count: int) -> list[str]:
         values: Mapping[str, Any] = {
-            "model_name_or_path": mixtral if name == "experts" else toy_model,
+            "model_name_or_path": models.get(name, toy_model),
             "datasets": pairs,
             "output_dir": folder / f"{name}-{count}",
             "cache_dir": folder / "cache",
@@ -103,7 +116,7 @@ def test_two_processes_train_as_one(runs: Path, name: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_export_as_one(runs: Path, name: str) -> None:
-    file_name = "model.safetensors" if name == "experts" else "adapter_model.safetensors"
+    file_name = "adapter_model.safetensors" if "lora.r" in RUNS[name] else "model.safetensors"
     one, two = (load_file(runs / f"{name}-{count}" / "model" / file_name) for count in (1, 2))
     assert one.keys() == two.keys()
     for key, values in one.items():

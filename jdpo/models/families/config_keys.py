@@ -162,6 +162,7 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
     "qwen3_moe": {
         "max_window_layers": None,  # of the dense family; with a window, all layers of this one have it
         "use_qk_norm": (True,),
+        "num_local_experts": None,  # num_experts under the name that some versions of transformers write
         **_OF_EXPERTS,
     },
     # Names of settings of the class that trained it; transformers reads hidden_act, norm_epsilon and use_bias.

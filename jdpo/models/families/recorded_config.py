@@ -7,7 +7,6 @@ a mechanism that jdpo lacks is refused by name even if nobody has thought of it.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from jdpo.models.families.config_keys import CHANGE_NOTHING, MEAN_NOTHING, OF_FAMILY, OF_ROPES, OFF
@@ -44,8 +43,7 @@ class RecordedConfig:
 
     def unread(self) -> dict[str, Any]:
         """Returns the keys that the file sets and that nobody has read, with their values."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self._hf_config)}
-        found = {}
+        found, defaults = {}, self._defaults()
         for key, value in vars(self._hf_config).items():
             # A key that the file lacks has the default of transformers' class, which the tests go through.
             is_set = key in self._raw or key not in defaults or value != defaults[key]
@@ -75,7 +73,11 @@ class RecordedConfig:
     @property
     def known_keys(self) -> frozenset[str]:
         """The keys that transformers' class of this config has."""
-        return frozenset(field.name for field in dataclasses.fields(self._hf_config))
+        return frozenset(self._defaults())
+
+    def _defaults(self) -> dict[str, Any]:
+        # Of a config without any setting: the classes of transformers before 5.4 do not list their fields.
+        return vars(type(self._hf_config)())
 
 
 class RecordedSettings(dict[str, Any]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ def write(folder: Path, family: str, **settings: Any) -> Path:
 
 def all_keys(hf_config: Any) -> dict[str, Any]:
     """Returns a file that sets every key of a class, and of those of its parts."""
-    parts = {field.name: getattr(hf_config, field.name) for field in dataclasses.fields(hf_config)}
+    parts = {key: getattr(hf_config, key) for key in vars(type(hf_config)())}
     return {key: all_keys(part) if hasattr(part, "attribute_map") else None for key, part in parts.items()}
 
 

@@ -7,6 +7,7 @@ a mechanism that jdpo lacks is refused by name even if nobody has thought of it.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jdpo.models.families.config_keys import CHANGE_NOTHING, MEAN_NOTHING, OF_FAMILY, OF_ROPES, OFF
@@ -76,8 +77,11 @@ class RecordedConfig:
         return frozenset(self._defaults())
 
     def _defaults(self) -> dict[str, Any]:
-        # Of a config without any setting: the classes of transformers before 5.4 do not list their fields.
-        return vars(type(self._hf_config)())
+        own_class = type(self._hf_config)
+        if dataclasses.is_dataclass(own_class):
+            return {field.name: field.default for field in dataclasses.fields(own_class)}
+        # Of early versions 5 of transformers, whose classes do not list their fields.
+        return vars(own_class())
 
 
 class RecordedSettings(dict[str, Any]):

@@ -65,6 +65,7 @@ DELTA_NET = {
 CASES["Qwen3_5"] = (DELTA_NET, "all-linear")
 CASES["Qwen3Next"] = (
     DELTA_NET
+    | {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "shared_expert_intermediate_size": 12},
     ["in_proj_qkvz", "in_proj_ba", "linear_attn.out_proj", "q_proj"],
 )

@@ -106,6 +106,22 @@ def test_strong_decay_and_equal_keys_stay_finite_and_exact_in_float32() -> None:
             np.testing.assert_allclose(jax.jit(gated_delta_rule)(hard, starts)[0], hard.value, atol=2e-5)
 
 
+def test_bfloat16_is_as_exact_as_its_operands() -> None:
+    """Decays, the triangular system and the state are in float32, so that errors do not grow along a row."""
+    length, starts = 512, jnp.zeros((N, 512), int)
+    inputs = inputs_of(np.random.default_rng(5), length)
+    inputs = inputs._replace(log_decay=inputs.log_decay / 50)  # a long memory
+    names = ("query", "key", "value")
+    narrow = inputs._replace(**{name: jnp.asarray(getattr(inputs, name), jnp.bfloat16) for name in names})
+    narrow = narrow._replace(log_decay=np.float32(inputs.log_decay), beta=np.float32(inputs.beta))
+    exact = jax.jit(gated_delta_rule)(DeltaInputs(*(jnp.asarray(x, jnp.float64) for x in narrow)), starts)[0]
+    found, state = jax.jit(gated_delta_rule)(narrow, starts)
+    assert (found.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+    errors = np.sqrt(np.mean((found - exact) ** 2, axis=(0, 2, 3, 4))) / np.sqrt(np.mean(exact**2))
+    assert errors.mean() < 0.01
+    assert errors[-128:].mean() < 1.5 * errors[:128].mean()
+
+
 def test_the_inverse_of_triangular_systems_and_its_gradient() -> None:
     rng = np.random.default_rng(4)
     lower, weights = np.tril(rng.normal(size=(3, 13, 13)), -1), rng.normal(size=(3, 13, 13))

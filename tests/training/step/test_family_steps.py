@@ -27,9 +27,9 @@ from jdpo.training.step.train_step import loss_and_grads
 from tests.training.step.test_packed_logps import MOST, assert_equal_steps, on_mesh, packed, places_of, random_pairs
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "logits"
-SHORT = ("apertus", "cohere2", "gemma2", "gpt2")
+SHORT = ("apertus", "cohere2", "gemma2", "gpt2", "qwen3_5_text")
 """In the default suite: an activation with parameters; interleaved rotation, layers without rope, parallel branches
-with one norm; soft caps and post-norms; learned positions."""
+with one norm; soft caps and post-norms; learned positions; a delta rule."""
 FAMILIES = [
     pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
     for name in sorted(path.name for path in GOLDEN.iterdir())

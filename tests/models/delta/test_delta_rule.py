@@ -51,8 +51,10 @@ def recurrence(inputs: DeltaInputs, starts: np.ndarray) -> tuple[Any, Any]:
     return jnp.stack(outputs, 1), state
 
 
-# A chunk that divides the rows, one with a rest, and one that is longer than they are; sequences start within chunks.
-@pytest.mark.parametrize("chunk", [7, 8, 64])
+# A chunk that divides the rows, one with a rest (in the default suite), and one that is longer than they are; sequences start within chunks.
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(7, marks=pytest.mark.full), 8, pytest.param(64, marks=pytest.mark.full)]
+)
 def test_chunks_equal_the_recurrence(chunk: int) -> None:
     rng, starts = np.random.default_rng(0), segment_starts(LENGTHS, NUM_PLACES)
     inputs, weights = inputs_of(rng, NUM_PLACES), rng.normal(size=(N, NUM_PLACES, G, M, V))
@@ -106,6 +108,7 @@ def test_strong_decay_and_equal_keys_stay_finite_and_exact_in_float32() -> None:
             np.testing.assert_allclose(jax.jit(gated_delta_rule)(hard, starts)[0], hard.value, atol=2e-5)
 
 
+@pytest.mark.full
 def test_bfloat16_is_as_exact_as_its_operands() -> None:
     """Decays, the triangular system and the state are in float32, so that errors do not grow along a row."""
     length, starts = 512, jnp.zeros((N, 512), int)

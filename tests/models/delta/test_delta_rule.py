@@ -51,7 +51,7 @@ def recurrence(inputs: DeltaInputs, starts: np.ndarray) -> tuple[Any, Any]:
     return jnp.stack(outputs, 1), state
 
 
-# A chunk that divides the rows, one with a rest (in the default suite), and one that is longer than they are; sequences start within chunks.
+# 7 divides the rows, 8 leaves a rest, and 64 is longer than they are; sequences start within chunks.
 @pytest.mark.parametrize(
     "chunk", [pytest.param(7, marks=pytest.mark.full), 8, pytest.param(64, marks=pytest.mark.full)]
 )

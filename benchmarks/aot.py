@@ -8,7 +8,8 @@ estimates by a roofline (jdpo/planning/roofline.py), which says what it leaves o
 
 CONFIG is a YAML file of `jdpo dpo` or `jdpo sft`, changed by further words as there; its model may be a folder that
 holds config.json alone. A hub name stands for the folder of the same name in benchmarks/shapes, without the owner and
-without -Instruct or -it. `--against` exits with 1 where the step is worse than in an earlier output, and says how.
+without -Instruct, -it or -checkpoints. `--against` exits with 1 where the step is worse than in an
+earlier output, and says how.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def shape_of(config: Any) -> Path:
     given = Path(config.model_name_or_path).expanduser()
     if (given / "config.json").exists():
         return given
-    name = re.sub(r"(-Instruct|-it)$", "", config.model_name_or_path.split("/")[-1])
+    name = re.sub(r"(-Instruct|-it|-checkpoints)$", "", config.model_name_or_path.split("/")[-1])
     known = sorted(folder.name for folder in SHAPES.iterdir() if folder.is_dir())
     if name not in known:
         suggestion = f"{found} " if (found := did_you_mean(name, known)) else ""

@@ -121,7 +121,7 @@ def scalar(params: Params, x: Any, token_weights: Any, module: MoE) -> Any:
     return (jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out).sum() + 0.01 * balance
 
 
-@pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biased"])
+@pytest.mark.parametrize("changes", [pytest.param({}, marks=pytest.mark.full), BIASED], ids=["plain", "biased"])
 def test_gradients_are_central_differences(changes: dict[str, Any]) -> None:
     bias = changes == BIASED
     params, (x, token_weights) = make_params(bias=bias), make_inputs()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jdpo.checkpoint.hf_export import export_model
 from jdpo.cli.main import main
+from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.models.families import read_model_config
+from jdpo.models.transformer import Transformer, init_params
 from jdpo.models.weights.folder_names import carried
-from tests.models.torch_cases import SIGHT, torch_model
+from tests.models.torch_cases import DELTA, torch_model
 
 pytestmark = [
     pytest.mark.torch,
@@ -29,6 +34,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Mistral3": {"tie_word_embeddings": False},
     "Qwen2_5_VL": {"rope_parameters": ROPE},
     "Qwen3VL": {"rope_parameters": ROPE, "tie_word_embeddings": True},
+    "Qwen3_5": {**DELTA, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
 }
 LORA = {"lora.r": 4, "lora.alpha": 8}
 IMAGE_SIZE, NUM_IMAGE_TOKENS = 16, 4
@@ -39,10 +45,9 @@ def write_source(prefix: str, toy_model: Path, folder: Path) -> Path:
     toy = json.loads((toy_model / "config.json").read_text())
     kept = {key: toy[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in toy}
     shape = {"vocab_size": toy["vocab_size"] + 4, "max_position_embeddings": 256, "head_dim": 12, **kept}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, **OWN[prefix]}
     shutil.copytree(toy_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    torch_model(
-        prefix, {"num_attention_heads": 4, "num_key_value_heads": 2, **shape, **OWN[prefix]}, 0
-    ).save_pretrained(folder)
+    torch_model(prefix, shape, 0).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": IMAGE_SIZE}))
     return folder
 
@@ -89,7 +94,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     return {name: values for path in folder.glob("*.safetensors") for name, values in load_file(path).items()}
 
 
-@pytest.mark.parametrize("prefix", SIGHT)
+@pytest.mark.parametrize("prefix", OWN)
 def test_training_changes_only_the_text_part(
     run_words: Callable[..., list[str]],
     toy_model: Path,
@@ -137,3 +142,34 @@ def test_training_changes_only_the_text_part(
     assert {key: values.tobytes() for key, values in exported.items()} == {
         key: values.tobytes() for key, values in trained.items()
     }
+
+
+@pytest.mark.parametrize("chat_template", [None, "chatml"], ids=["unchanged tokenizer", "other template"])
+def test_a_processor_loads_from_an_export(toy_model: Path, tmp_path: Path, chat_template: str | None) -> None:
+    from PIL import Image
+    from transformers import AutoProcessor, AutoTokenizer, Gemma3ImageProcessor, Gemma3Processor
+
+    source, out = write_source("Gemma3", toy_model, tmp_path / "source"), tmp_path / "out"
+    own = {"boi_token": "<boi>", "image_token": "<image>", "eoi_token": "<eoi>"}
+    tokenizer = AutoTokenizer.from_pretrained(toy_model, extra_special_tokens=own)
+    images = Gemma3ImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    Gemma3Processor(images, tokenizer, image_seq_length=NUM_IMAGE_TOKENS).save_pretrained(source)
+    config = dataclasses.replace(read_model_config(source), vocab_size=len(tokenizer) + 2)  # chatml adds two tokens
+    loaded = load_tokenizer(source, chat_template=chat_template)
+    params = init_params(Transformer(config), jax.random.key(0))
+    export_model(
+        params,
+        config,
+        out,
+        source_folder=source,
+        tokenizer=loaded.hf,
+        tokenizer_folder=source,
+        end_token_ids=loaded.end_token_ids,
+    )
+    processors = [AutoProcessor.from_pretrained(folder) for folder in (source, out)]
+    picture = Image.new("RGB", (20, 20), "green")
+    before, after = (each(text="<boi> a sky", images=[picture], return_tensors="np") for each in processors)
+    assert before.keys() == after.keys() >= {"input_ids", "pixel_values"}
+    for key in before:
+        np.testing.assert_array_equal(np.asarray(before[key]), np.asarray(after[key]), err_msg=key)
+    assert (processors[1].chat_template != processors[0].chat_template) == (chat_template is not None)

@@ -43,8 +43,10 @@ def is_carried(name: str, config: ModelConfig) -> bool:
       name: as `by_model_name` gives it.
     """
     layout = layout_of(config)
-    of_text = name == layout.head.hf_name or name.startswith(_parts(layout, layout.prefix))
-    return not of_text and name.startswith(layout.carried)
+    # The prefixes first: most families have none, and a model may have a hundred thousand tensors of experts.
+    return name.startswith(layout.carried) and not (
+        name == layout.head.hf_name or name.startswith(_parts(layout, layout.prefix))
+    )
 
 
 def is_ignorable(name: str, config: ModelConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def test_programs_may_be_made_for_other_devices() -> None:
     with compiling_for(Target("gpu", "8.0")):
         assert target() == Target("gpu", "8.0")
         assert AttentionSettings().resolve("bfloat16", small_llama(), 2048, None) == "cudnn"
+        with_sinks = dataclasses.replace(small_llama(), attention_sinks=True)
+        assert AttentionSettings().resolve("bfloat16", with_sinks, 2048, None) == "blockwise"
         with compiling_for(Target("tpu")):
             assert AttentionSettings().resolve("bfloat16", small_llama(), 2048, None) == "splash"
     assert target() == Target(jax.default_backend())

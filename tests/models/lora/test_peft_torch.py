@@ -50,6 +50,9 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}, ["c_attn", "attn.c_proj"]),
     "GPTNeoX": ({"hidden_size": 32}, ["query_key_value", "dense", "dense_4h_to_h"]),
     "Starcoder2": ({"sliding_window": 4}, "all-linear"),
+    "Cohere2": ({"sliding_window": 4, "logit_scale": 1.0}, "all-linear"),
+    "Apertus": ({}, "all-linear"),
+    "Ernie4_5": ({"head_dim": 6}, ["q_proj", "up_proj"]),
 }
 
 # The projections of a DeltaNet: apart, and fused by key heads.

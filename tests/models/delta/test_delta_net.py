@@ -30,6 +30,7 @@ def loss(model: Transformer, tokens: Any, mask: Any, params: Any) -> Any:
     return jnp.where(mask[..., None], jax.nn.log_softmax(logits)[..., :3], 0).sum() / mask.sum()
 
 
+@pytest.mark.full
 def test_padding_on_either_side_changes_no_logits_and_no_gradients() -> None:
     rng, length = np.random.default_rng(0), 9
     row = rng.integers(0, 40, length)

@@ -73,6 +73,7 @@ def test_chunks_equal_the_recurrence(chunk: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.full
 def test_steps_equal_chunks() -> None:
     inputs = inputs_of(np.random.default_rng(1), 6)
     expected, last = gated_delta_rule(inputs, jnp.zeros((N, 6), int), chunk=4)
@@ -83,6 +84,7 @@ def test_steps_equal_chunks() -> None:
     np.testing.assert_allclose(state[:, 0], last, atol=1e-12)
 
 
+@pytest.mark.full
 def test_a_token_without_beta_and_decay_leaves_the_state_as_it_is() -> None:
     inputs = inputs_of(np.random.default_rng(2), 9)
     rest = DeltaInputs(*(x.copy() for x in inputs))
@@ -125,6 +127,7 @@ def test_bfloat16_is_as_exact_as_its_operands() -> None:
     assert errors[-128:].mean() < 1.5 * errors[:128].mean()
 
 
+@pytest.mark.full
 def test_the_inverse_of_triangular_systems_and_its_gradient() -> None:
     rng = np.random.default_rng(4)
     lower, weights = np.tril(rng.normal(size=(3, 13, 13)), -1), rng.normal(size=(3, 13, 13))

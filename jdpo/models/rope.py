@@ -75,9 +75,9 @@ def apply_rope(x_nthk: jax.Array, tables: RopeTables, *, interleaved: bool = Fal
     """
     cos, sin = tables
     num_pairs = cos.shape[-1]
-    wide = x_nthk.astype(cos.dtype)
     if interleaved:
-        return _rotate_neighbours(wide, cos, sin).astype(x_nthk.dtype)
+        return _rotate_neighbours(x_nthk, cos, sin)
+    wide = x_nthk.astype(cos.dtype)
     # Element i is paired with i + r/2, not with i + 1 as in the paper: most of Hugging Face's weights are permuted
     # accordingly.
     first, second, rest = wide[..., :num_pairs], wide[..., num_pairs : 2 * num_pairs], wide[..., 2 * num_pairs :]
@@ -86,16 +86,30 @@ def apply_rope(x_nthk: jax.Array, tables: RopeTables, *, interleaved: bool = Fal
     return jnp.concatenate(rotated, axis=-1).astype(x_nthk.dtype)
 
 
-def _rotate_neighbours(wide_nthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def _rotate_neighbours(x_nthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates pairs (2i, 2i + 1), the layout of the paper (RoFormer, arXiv 2104.09864)."""
     num_dims = 2 * cos.shape[-1]
-    turned, rest = wide_nthk[..., :num_dims], wide_nthk[..., num_dims:]
+    turned, rest = x_nthk[..., :num_dims], x_nthk[..., num_dims:]
     # Neighbours are exchanged by shifts of the whole head; pairs as an axis of length two would fill 2 of 128 lanes of
-    # a TPU's registers.
+    # a TPU's registers. Shifted before they are widened, since a shift is written to memory.
     is_first = np.arange(num_dims) % 2 == 0
     partner = jnp.where(is_first, -jnp.roll(turned, -1, -1), jnp.roll(turned, 1, -1))
-    rotated = turned * jnp.repeat(cos, 2, -1) + partner * jnp.repeat(sin, 2, -1)
-    return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated
+    rotated = turned.astype(cos.dtype) * jnp.repeat(cos, 2, -1) + partner.astype(cos.dtype) * jnp.repeat(sin, 2, -1)
+    return jnp.concatenate([rotated.astype(x_nthk.dtype), rest], -1) if rest.shape[-1] else rotated.astype(x_nthk.dtype)
+
+
+def _rotate_forward(x_nthk: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, RopeTables]:
+    return _rotate_neighbours(x_nthk, cos, sin), (cos, sin)
+
+
+def _rotate_backward(tables: RopeTables, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
+    # The transpose of a rotation is the rotation by the opposite angle, rounded once as well.
+    cos, sin = tables
+    return _rotate_neighbours(cotangent, cos, -sin), None, None
+
+
+_rotate_neighbours.defvjp(_rotate_forward, _rotate_backward)
 
 
 def query_factors(positions_nt: jax.Array, scaling: QueryScaling | None, dtype: Any) -> jax.Array | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ def test_neighbours_are_rotated_like_halves_of_the_permuted_head(fraction: float
     found = apply_rope(jnp.asarray(x), tables, interleaved=True)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_array_equal(found[..., num_rotated:], x[..., num_rotated:])
+    # The gradient, which has a rule of its own, is that of the halves.
+    cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    (theirs,) = jax.vjp(lambda x: apply_rope(x, tables), jnp.asarray(x[..., order]))[1](cotangent[..., order])
+    (ours,) = jax.vjp(lambda x: apply_rope(x, tables, interleaved=True), jnp.asarray(x))[1](jnp.asarray(cotangent))
+    np.testing.assert_allclose(ours[..., order], theirs, atol=1e-6)
 
 
 def test_a_quarter_turn_by_hand() -> None:

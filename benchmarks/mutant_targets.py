@@ -190,7 +190,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "right_padded_attention",
         "return dot_product_attention(query_nthk, key_ntgk, value_ntgk, query_positions_nt=positions_nt, "
         "key_positions_ns=positions_nt, key_mask_ns=positions_nt <= lengths_n[:, None], segments_nt=segments_nt, "
-        "window=window, softcap=softcap, scale=scale)",
+        "sinks_h=sinks_h, window=window, softcap=softcap, scale=scale)",
     ): "Only padding queries are late enough to see the key after the last real one; what they return has no meaning.",
     (
         "_meaning",

@@ -166,6 +166,7 @@ def setup_without_rows(config: TrainConfig, task: Task, mesh: Mesh, num_layers: 
         source_config=source_config,
         model=model,
         adaptation=adaptation_of(config.lora, model, None),
+        dequantized=False,
         task=task,
         reference_folder=None,
         reference_adapter=None,

@@ -19,7 +19,6 @@ from jdpo.data.sources import is_on_hub
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.merge import merge
 from jdpo.models.weights.hf_names import layout_of
-from jdpo.models.weights.safetensors_folder import in_mxfp4, tensor_entries
 from jdpo.processes import agree_on, is_first, run_jointly
 from jdpo.reports.cards.model_card import CODE_ENDS, CardFacts, model_card
 from jdpo.reports.findings import Finding, Status, finding_lines
@@ -170,7 +169,7 @@ def export_trained(
             version=__version__,
             base=setup.model_name,
             is_adapter=alone,
-            dequantized=in_mxfp4(tensor_entries(setup.model_folder)),
+            dequantized=setup.dequantized,
             has_chat_template=setup.tokenizer.has_chat_template,
             rows=outcome.rows,
             data=outcome.data,

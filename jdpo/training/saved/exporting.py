@@ -9,7 +9,6 @@ from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.output_folders import check_out
 from jdpo.models.lora.targets import require_loadable
 from jdpo.models.weights import mxfp4
-from jdpo.models.weights.safetensors_folder import in_mxfp4, tensor_entries
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.finish import export_trained, outcome_at, source_folders
 from jdpo.training.saved.saved_runs import Checkpoint, opened, restore_trained
@@ -53,7 +52,7 @@ def export_checkpoint(
         # Again, now that the model's folders are known.
         check_out(out, source_folders(setup))
         log(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
-        if (merging or setup.adaptation is None) and in_mxfp4(tensor_entries(setup.model_folder)):
+        if (merging or setup.adaptation is None) and setup.dequantized:
             log(mxfp4.note(setup.model_folder))
         lines = read_metrics(metrics)
         if not any(line["step"] <= checkpoint.step for line in lines):

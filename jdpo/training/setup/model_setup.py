@@ -14,6 +14,8 @@ from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import read_model_config
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+from jdpo.models.weights.hub_models import has_weights
+from jdpo.models.weights.safetensors_folder import in_mxfp4, tensor_entries
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import param_shardings
 from jdpo.training.setup.adaptation import Adaptation, adaptation_of
@@ -36,6 +38,7 @@ class ModelSetup:
     source_config: ModelConfig  # as in the model folder
     model: Transformer  # with the vocabulary that the tokenizer needs
     adaptation: Adaptation | None  # None where all weights are trained
+    dequantized: bool  # the model folder has weights in MXFP4, which are read as bfloat16
 
     @property
     def model_folder(self) -> Path:
@@ -114,6 +117,8 @@ def build_model(config: TrainConfig, *, weights: bool = True, mesh: Mesh | None 
         source_config=source_config,
         model=model,
         adaptation=adaptation_of(config.lora, model, sources.adapter_folder),
+        # Now, since the export of an adapter must not need the folder of its base.
+        dequantized=has_weights(sources.model_folder) and in_mxfp4(tensor_entries(sources.model_folder)),
     )
 
 

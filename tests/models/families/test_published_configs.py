@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jdpo.models.families import read_model_config
-from jdpo.models.model_config import LayerKind, ModelConfig, QueryScaling, RopeConfig
+from jdpo.models.families.config_readers.gpt_oss import gpt_oss
+from jdpo.models.families.config_readers.ropes import rope_of
+from jdpo.models.model_config import ClampedGate, LayerKind, ModelConfig, QueryScaling, RopeConfig
 from tests.golden_models import GOLDEN_MODELS
 
 ABOUT = {"torch_dtype": "bfloat16", "transformers_version": "4.57.1", "use_cache": True, "initializer_range": 0.02}
@@ -106,6 +109,23 @@ def test_olmo3_has_yarn_in_full_layers_only(tmp_path: Path) -> None:
     )
     assert config.layers == ((near,) * 3 + (LayerKind(rope=stretched),)) * 8
     assert (config.norm_placement, config.qk_norm, config.num_kv_heads) == ("after", "width", 32)
+
+
+def test_a_type_of_layer_without_a_rope() -> None:
+    # As transformers 5.0 reads Olmo 3: one rope for all layers.
+    found = SimpleNamespace(rope_parameters={"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0})
+    with pytest.raises(ValueError, match="none for sliding_attention; upgrade transformers"):
+        rope_of(found, "sliding_attention")
+
+
+def test_gpt_oss_before_its_gate_had_settings() -> None:
+    from transformers import GptOssConfig
+
+    # The class of transformers 5.0 has neither.
+    settings = {key: value for key, value in vars(GptOssConfig()).items() if not key.startswith("swiglu")}
+    config = gpt_oss(SimpleNamespace(model_type="gpt_oss", **settings))
+    assert config.moe is not None
+    assert config.moe.clamped_gate == ClampedGate(alpha=1.702, limit=7.0)
 
 
 def test_ministral3_scales_queries_by_position(tmp_path: Path) -> None:

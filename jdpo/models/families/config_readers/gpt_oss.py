@@ -20,9 +20,9 @@ def gpt_oss(hf_config: Any) -> ModelConfig:
         # Published configs have 0.9, with which balance would outweigh every preference; transformers' class adds the
         # loss only if it returns the router's logits.
         moe = dataclasses.replace(moe, aux_loss_coef=0.0)
-    gate = ClampedGate(
-        positive("swiglu_alpha", hf_config.swiglu_alpha), positive("swiglu_limit", hf_config.swiglu_limit)
-    )
+    # Early versions 5 of transformers have both as constants in the modeling file.
+    alpha, limit = getattr(hf_config, "swiglu_alpha", 1.702), getattr(hf_config, "swiglu_limit", 7.0)
+    gate = ClampedGate(positive("swiglu_alpha", alpha), positive("swiglu_limit", limit))
     rope = rope_of(hf_config)
     return decoder(
         hf_config,

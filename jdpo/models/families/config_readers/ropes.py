@@ -26,6 +26,12 @@ def rope_of(hf_config: Any, layer_type: str | None = None, *, partial: bool = Fa
     # Not copied: what is read of it is recorded, and the rest is refused.
     parameters = hf_config.rope_parameters or {}
     if layer_type is not None:
+        if layer_type not in parameters:
+            # Early versions 5 of transformers make one rope for all layers of what Olmo 3 publishes.
+            raise ValueError(
+                f"rope_parameters: expected a rope for the layers of each type, found none for {layer_type}; upgrade "
+                "transformers, or write them by type"
+            )
         parameters = parameters[layer_type]
     nested = [key for key, value in parameters.items() if isinstance(value, dict)]
     if nested:

@@ -33,7 +33,7 @@ def length_of(answer: Answer) -> int:
 
 
 def is_empty(answer: Answer) -> bool:
-    """Returns whether an answer has neither text nor calls; one that is cut off within its thought has none."""
+    """Returns True if an answer has neither text nor calls; one that is cut off within its thought has none."""
     return not message_text(answer.message).strip()
 
 
@@ -65,9 +65,7 @@ def answer_figures(pairs: Sequence[AnswerPair]) -> Iterator[Figure]:
     unit: Unit = "tokens" if counted else "characters"
     yield _figure("answers.length", "Length of an answer", unit, "neither", pairs, length_of)
     yield _share("answers.cut_off", "Answers cut off", "down", pairs, lambda answer: answer.finish_reason == "length")
-    yield _share(
-        "answers.empty", "Empty answers", "down", pairs, lambda answer: not message_text(answer.message).strip()
-    )
+    yield _share("answers.empty", "Empty answers", "down", pairs, is_empty)
     yield _figure("answers.repetition", "Repeated runs of four tokens", "share", "down", pairs, repetition)
     # Once for each answer: every script below is a figure of its own.
     shares = {id(answer): script_shares(answer.text) for pair in pairs for answer in pair}

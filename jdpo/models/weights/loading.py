@@ -24,12 +24,12 @@ from jdpo.models.transformer import Params, Transformer
 from jdpo.models.weights.folder_names import by_model_name, is_carried, is_ignorable
 from jdpo.models.weights.hf_names import hf_tensors, layout_in, layout_of, leaves
 from jdpo.models.weights.resize import resize_embeddings
-from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
+from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, TensorFiles, tensor_entries
 from jdpo.models.weights.staging import CHUNK_BYTES, SLAB_BYTES, Leaf, filled_leaves
 from jdpo.processes import run_jointly
 from jdpo.safe_text import terminal
 
-__all__ = ["check_tensors", "load_params", "resize_embeddings", "source_dtypes"]
+__all__ = ["check_tensors", "load_params", "resize_embeddings"]
 
 _MAX_LISTED = 10
 _MAX_NAMED = 3

@@ -195,12 +195,6 @@ def in_mxfp4(entries: Mapping[str, TensorEntry]) -> bool:
     return any(entry.scales is not None for entry in entries.values())
 
 
-def source_dtypes(folder: Path) -> dict[str, np.dtype]:
-    """Returns the dtype of every tensor of a folder by name; raises ValueError as `tensor_entries` does."""
-    dtypes = ((name, entry.numbers) for name, entry in tensor_entries(folder).items())
-    return {name: dtype for name, dtype in dtypes if dtype is not None}
-
-
 def _single_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -71,8 +71,7 @@ def _forward(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array)
 
 def _backward(grouping: Grouping, residuals: Any, g_rf: Array) -> tuple[Array, Array, None]:
     x_rd, kernel_edf, sizes_e = residuals
-    # [e, f, d]: the gradient of the inputs goes through the transposed kernels.
-    of_rows = _multiply(grouping, g_rf, jnp.swapaxes(_gathered(grouping, kernel_edf), 1, 2), sizes_e)
+    of_rows = _multiply(grouping, g_rf, _gathered(grouping, kernel_edf), sizes_e, transposed=True)
     of_kernel = _outer(grouping, x_rd, g_rf, sizes_e)
     if grouping.gather_axes:
         # The reverse of the gather: a sum over the devices, of which each keeps its own part. Still in the wide dtype.
@@ -95,19 +94,24 @@ def _wide(*arrays: Array) -> Any:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def _multiply(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array) -> Array:
+def _multiply(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array, *, transposed: bool = False) -> Array:
+    """Returns [r, f]; with `transposed`, x is [r, f], the result is [r, d], and each kernel is transposed."""
     if grouping.backend == "ragged":
+        if transposed:
+            kernel_edf = jnp.swapaxes(kernel_edf, 1, 2)
         dtype = _wide(x_rd, kernel_edf)
         return jax.lax.ragged_dot(x_rd, kernel_edf, sizes_e, preferred_element_type=dtype).astype(x_rd.dtype)
 
     def multiply(start: Array, expert: Array, y_rf: Array) -> Array:
         x_bd = jax.lax.dynamic_slice_in_dim(x_rd, start, grouping.block)
         kernel_df = jax.lax.dynamic_index_in_dim(kernel_edf, expert, keepdims=False)
-        # A block has one expert, so it is one ordinary product.
-        y_bf = jnp.dot(x_bd, kernel_df, preferred_element_type=_wide(x_bd, kernel_df)).astype(y_rf.dtype)
+        # A block has one expert, so it is one ordinary product. It reads the kernel in place either way: of kernels
+        # transposed before the loop XLA keeps a second copy, for all layers at once where they are frozen.
+        equation = "bf,df->bd" if transposed else "bd,df->bf"
+        y_bf = jnp.einsum(equation, x_bd, kernel_df, preferred_element_type=_wide(x_bd, kernel_df)).astype(y_rf.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y_rf, y_bf, start, axis=0)
 
-    empty = jnp.zeros((x_rd.shape[0], kernel_edf.shape[2]), x_rd.dtype)
+    empty = jnp.zeros((x_rd.shape[0], kernel_edf.shape[1 if transposed else 2]), x_rd.dtype)
     return _over_blocks(grouping, multiply, empty, x_rd.shape[0], sizes_e)
 
 

@@ -236,6 +236,9 @@ def test_config_of_cohere2(tmp_path: Path) -> None:
     assert [(kind.window, kind.rope) for kind in config.layers] == [(8, rope)] * 3 + [(None, None)]
     assert (config.norm, config.parallel_residual, config.shared_norm) == ("layer_no_bias", True, True)
     assert (config.logit_scale, config.tie_embeddings, config.norm_eps) == (0.25, True, 1e-5)
+    # As transformers' class builds them, heads need not fill the model's width.
+    assert config.head_dim == 4
+    assert read_model_config(write(tmp_path, "cohere2", sliding_window=8, pad_token_id=0, head_dim=6)).head_dim == 6
 
 
 def test_missing_folder_missing_file_and_broken_json(tmp_path: Path) -> None:

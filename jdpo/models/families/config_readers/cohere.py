@@ -18,7 +18,6 @@ def cohere2(hf_config: Any) -> ModelConfig:
         layers=tuple(
             LayerKind(rope=None if window is None else rope, window=window) for window in windows_of(hf_config)
         ),
-        head_dim=hf_config.hidden_size // hf_config.num_attention_heads,
         qkv_bias=bias,
         o_bias=bias,
         norm="layer_no_bias",

@@ -122,6 +122,9 @@ _OF_EXPERTS: dict[str, Values | None] = dict.fromkeys(
     )
 )
 
+# transformers' classes always normalize the weights of a token's experts; to them the key is unknown.
+_NORMALIZED: dict[str, Values | None] = {"norm_topk_prob": (None, True)}
+
 OF_FAMILY: dict[str, dict[str, Values | None]] = {
     "apertus": {"qk_norm": (True,)},
     # Names of settings of the class that trained it, with the only values that transformers' class computes.
@@ -146,14 +149,15 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
     "qwen3_next": {**_OF_DELTA, **_OF_EXPERTS},
     "qwen3_5_text": _OF_DELTA,
     # No layer has an MLP besides its experts.
-    "qwen3_5_moe_text": {**_OF_DELTA, "intermediate_size": None},
+    "qwen3_5_moe_text": {**_OF_DELTA, "intermediate_size": None, **_NORMALIZED},
     # transformers' classes turn these into layer_types or a window, which is read.
     "gemma3_text": {"sliding_window_pattern": None},
     "qwen2": {"max_window_layers": None, "use_mrope": (False,)},
     "qwen3": {"max_window_layers": None, "use_qk_norm": (True,)},
     "smollm3": {"no_rope_layer_interval": None, "max_window_layers": None},
+    "mixtral": _NORMALIZED,
     # Names of the publisher's own program for num_experts_per_tok and for the original length of the rope.
-    "gpt_oss": {"experts_per_token": None, "initial_context_length": None},
+    "gpt_oss": {**_NORMALIZED, "experts_per_token": None, "initial_context_length": None},
     "gpt2": {"n_ctx": None},  # an old name of n_positions
     # SmolLM2: pairs of a rope that are not interleaved, as in every Llama.
     "llama": {"is_llama_config": (True,), "rope_interleaved": (False,)},

@@ -70,6 +70,7 @@ def test_every_key_of_the_class_is_read_or_listed_or_off(family: str) -> None:
         ("llama", "embedding_multiplier", 12.0),
         ("llama", "parallel_residual_blocks", [1]),
         ("mistral", "attention_bias", True),
+        ("mixtral", "norm_topk_prob", False),
         ("olmo3", "logits_scaling", 0.0),
         ("qwen3", "use_qk_norm", False),
         ("seed_oss", "sliding_window", 4096),
@@ -89,6 +90,7 @@ def test_keys_that_mean_nothing_are_accepted(tmp_path: Path) -> None:
     about = {"unsloth_version": "2026.1", "transformers.js_config": {"dtype": "q4"}, "torch_dtype": "bfloat16"}
     plain = read_model_config(write(tmp_path, "llama"))
     assert read_model_config(write(tmp_path, "llama", **of_family, **off, **about, logit_scale=1.0)) == plain
+    read_model_config(write(tmp_path, "mixtral", norm_topk_prob=True))  # what Mixtral always does
 
 
 @pytest.mark.parametrize(

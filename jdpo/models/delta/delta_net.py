@@ -86,7 +86,7 @@ class DeltaNet(nn.Module):
         query, key = (self._project(x_ntd, name, keys) for name in ("query", "key"))
         value = self._project(x_ntd, "value", (*values, delta.value_head_dim))
         beta, decay = (self._project(x_ntd, name, values) for name in ("beta", "decay"))
-        # In float32: sums of many decays are differences of large numbers.
+        # In float32, like the decays: the rule sums these over a chunk and subtracts the sums.
         beta = nn.sigmoid(beta.astype(state_dtype(beta.dtype)))
         return DeltaInputs(query, key, value, self._log_decay(decay), beta)
 

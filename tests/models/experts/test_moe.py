@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jdpo.config import MeshConfig
 from jdpo.losses.router import load_balancing_loss, of_real_rows
 from jdpo.models.experts.grouped_matmul import Grouping, choose_grouping, grouped_matmul
-from jdpo.models.experts.routes import make_routes, most_rows, to_rows, to_tokens
+from jdpo.models.experts.routes import add_bias, make_routes, most_rows, to_rows, to_tokens
 from jdpo.models.experts.routing import ROUTER, MoE
 from jdpo.models.layers import ADAPTERS, SCALES
 from jdpo.models.model_config import ClampedGate, MoEConfig
@@ -272,6 +272,17 @@ def test_grouped_products_and_their_gradients(grouping: Grouping) -> None:
     np.testing.assert_allclose(of_x[:20], np.einsum("rf,rdf->rd", cotangent[:20], kernel[expert]), rtol=1e-12)
     expected = [x[:20][expert == e].T @ cotangent[:20][expert == e] for e in range(4)]
     np.testing.assert_allclose(of_kernel, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_gradient_of_a_bias_reads_no_row_after_those_in_use() -> None:
+    """Kernels may leave anything there, such as NaN."""
+    routes = make_routes(jnp.array([[0, 1], [1, 3], [3, 3]]), 3, block=2)  # 3 means none
+    in_use = np.arange(len(routes.expert)) < routes.sizes.sum()
+    assert not in_use.all()
+    rows = jnp.zeros((len(routes.expert), 4))
+    _, pull = jax.vjp(lambda bias: add_bias(rows, bias, routes), jnp.zeros((3, 4)))
+    (of_bias,) = pull(jnp.where(in_use[:, None], jnp.ones_like(rows), jnp.nan))
+    np.testing.assert_array_equal(of_bias, np.repeat(np.asarray(routes.sizes)[:, None], 4, 1))
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_eight_devices_draw_the_same_tokens(qwen3: Loaded, sampled: list[Drawn],
 
 @pytest.mark.full
 @pytest.mark.parametrize("axes", [{"data": 2, "expert": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}])
-@pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2", "qwen3_5_text"])
 def test_eight_devices_draw_the_same_tokens_in_other_families(name: str, axes: dict[str, int]) -> None:
     loaded = load(name)
     placed, mesh = on_mesh(loaded, **axes)

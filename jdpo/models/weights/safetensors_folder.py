@@ -177,12 +177,16 @@ def _joined_mxfp4(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
             continue
         of_scales = name.removesuffix(mxfp4.BLOCKS) + mxfp4.SCALES
         scales = joined.pop(of_scales, None)
-        expected = (*blocks.shape[:-1], mxfp4.GROUP // 2)
-        if scales is None or scales.dtype != "U8" or (*scales.shape, mxfp4.GROUP // 2) != blocks.shape:
+        if len(blocks.shape) < 2 or blocks.shape[-1] != mxfp4.GROUP // 2:
+            raise ValueError(
+                f"{blocks.file}: {terminal(name)} is in MXFP4: expected the shape (.., groups, {mxfp4.GROUP // 2}), "
+                f"found {blocks.shape}; download the model again"
+            )
+        if scales is None or scales.dtype != "U8" or scales.shape != blocks.shape[:-1]:
             found = "no such tensor" if scales is None else f"{terminal(scales.dtype)} of shape {scales.shape}"
             raise ValueError(
                 f"{blocks.file}: {terminal(name)} of shape {blocks.shape} is in MXFP4, for which {terminal(of_scales)} "
-                f"should be U8 of shape {expected[:-1]}, and the blocks of shape {expected}; found {found}"
+                f"should be U8 of shape {blocks.shape[:-1]}; found {found}; download the model again"
             )
         shape = (*blocks.shape[:-2], blocks.shape[-2] * mxfp4.GROUP)
         num_bytes = blocks.num_bytes + scales.num_bytes

@@ -123,6 +123,7 @@ def test_an_export_is_the_bfloat16_folder(toy_model: Path, tmp_path: Path) -> No
 
 
 SCALES = "model.layers.1.mlp.experts.down_proj_scales"
+BLOCKS = SCALES.replace("_scales", "_blocks")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,14 @@ SCALES = "model.layers.1.mlp.experts.down_proj_scales"
         (lambda tensors: tensors.update({SCALES: tensors[SCALES][:2]}), r"U8 of shape \(4, 64, 1\)"),
         (lambda tensors: tensors.update({SCALES: tensors[SCALES].astype(np.int8)}), "found I8 of shape"),
         (lambda tensors: tensors[SCALES].__setitem__((0, 3, 0), 255), r"down_proj_blocks in .* holds NaN or Inf"),
+        (lambda tensors: tensors.update({BLOCKS: tensors[BLOCKS][..., :8]}), r"groups, 16\), found .* 8\)"),
+        (
+            lambda tensors: tensors.update({BLOCKS: tensors[BLOCKS].reshape(-1)[:16], SCALES: np.array(120, np.uint8)}),
+            r"groups, 16\), found \(16,\)",
+        ),
     ],
 )
-def test_damaged_scales_are_refused(folders: tuple[Path, Path], tmp_path: Path, change: Any, message: str) -> None:
+def test_damaged_tensors_are_refused(folders: tuple[Path, Path], tmp_path: Path, change: Any, message: str) -> None:
     tensors = load_file(folders[0] / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")

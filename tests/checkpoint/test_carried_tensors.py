@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.models.families import read_model_config
 from jdpo.models.lora.adapters import Lora
-from jdpo.models.lora.peft_folder import target_expression
+from jdpo.models.lora.peft_folder import peft_config
 from jdpo.models.lora.targets import choose_sites, find_sites, frozen_modules
 from jdpo.models.transformer import Transformer
 from jdpo.models.weights.embedding_rows import started_rows
+from jdpo.models.weights.hf_names import layout_of
 from jdpo.models.weights.loading import load_params
 from jdpo.models.weights.resize import resize_embeddings
 from jdpo.models.weights.safetensors_folder import tensor_entries
@@ -167,7 +168,8 @@ def test_adapters_name_no_module_of_another_part() -> None:
 
     model = Transformer(read_model_config(GOLDEN_MODELS / "gemma3"))
     sites = choose_sites(find_sites(model), ["q_proj", "down_proj"])
-    pattern = re.compile(target_expression(Lora(r=2, alpha=2.0, use_rslora=False, sites=sites)))
+    lora, is_part = Lora(r=2, alpha=2.0, use_rslora=False, sites=sites), layout_of(model.config).is_part
+    pattern = re.compile(peft_config(lora, find_sites(model), "base", None, is_part=is_part)["target_modules"])
     names = [module.name for site in find_sites(model) for module in site.modules]
     assert {name for name in names if pattern.fullmatch(name)} == {
         name for name in names if name.endswith(("q_proj", "down_proj"))

@@ -134,9 +134,8 @@ OF_FAMILY: dict[str, dict[str, Values | None]] = {
         "order_of_interleaved_layers": ("local_attn_first",),
         "position_embedding_type": ("rope_gptj",),
         "rotary_pct": (1,),
-        **dict.fromkeys(
-            ("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"), (True,)
-        ),
+        **dict.fromkeys(("use_embedding_sharing", "use_gated_activation", "use_parallel_block"), (True,)),
+        "use_parallel_embedding": None,  # how that program split its table over devices
     },
     "ernie4_5": {"compression_ratio": (1,), "use_rmsnorm": (True,)},
     "gemma3": _OF_IMAGES,

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from token_rules_rows import WORD, Conversation, Message, conversations, words_of
+from token_rules_templates import templates_of, with_switches
 from toy_tokenizers import give_template, train_tokenizer
 
 from jdpo.data.schemas.formats import Dropped
@@ -42,8 +43,6 @@ from jdpo.data.tokens.tokenize import tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, PreferenceRow
 
-ROOT = Path(__file__).resolve().parent.parent
-TEMPLATES = ROOT / "tests" / "data" / "templates"
 CHECKS = ("prompt", "answer", "foreign", "end", "whole", "dropped")
 MAX_LENGTH = 1_000_000
 MOST_SHOWN = 5
@@ -57,17 +56,6 @@ _MARKER = re.compile(r"(?<!<)<[^<>\s'\"{}]*\w[^<>\s'\"{}]*>(?!>)|\[/?[A-Z_]+\]")
 _TODAY = re.compile(r"strftime_now\('([^']*)'\)")
 _PLAIN_MARKERS = ("llama2", "mistral_v1", "zephyr")
 """Templates whose markers are plain text to the tokenizer."""
-
-SWITCHES: dict[str, Sequence[dict[str, Any]]] = {
-    "apertus": [{"enable_thinking": True}],
-    "cohere2_reasoning": [{"reasoning": False}],
-    "gpt_oss": [{"reasoning_effort": "high"}],
-    "qwen3_5": [{"enable_thinking": False}],
-    "qwen3_reasoning": [{"enable_thinking": False}],
-    "seed_oss": [{"thinking_budget": 0}, {"thinking_budget": 512}],
-    "smollm3": [{"enable_thinking": False}],
-}
-"""Variables with which a template is checked once more, as `chat_template_kwargs` gives them."""
 
 
 class Stretch(NamedTuple):
@@ -382,26 +370,6 @@ def run_template(
         reported = sum(bool(result.notes & (SHORTENED | UNWRITTEN)) for result in results)
         outcomes[kind] = Outcome(len(rows) - dropped.total(), dropped, reported, failures)
     return outcomes
-
-
-def templates_of(names: Sequence[str] | None) -> list[Path]:
-    """The templates to check: the built-in one and those of the tests.
-
-    Raises:
-      ValueError: a name is not one of them.
-    """
-    every = [ROOT / "jdpo" / "data" / "templates" / "chatml.jinja", *sorted(TEMPLATES.glob("*.jinja"))]
-    unknown = set(names or ()) - {path.stem for path in every}
-    if unknown:
-        raise ValueError(f"no templates named {', '.join(sorted(unknown))}")
-    return [path for path in every if not names or path.stem in names]
-
-
-def with_switches(template: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the names under which a template is checked, with its variables."""
-    yield template.stem, {}
-    for kwargs in SWITCHES.get(template.stem, ()):
-        yield f"{template.stem} {' '.join(f'{key}={value}' for key, value in kwargs.items())}", kwargs
 
 
 def report(found: dict[str, dict[str, Outcome]]) -> tuple[list[str], bool]:

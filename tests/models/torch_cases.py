@@ -129,7 +129,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Ernie4_5", {}),
     ("Ernie4_5", {"use_bias": True, "rope_parameters": YARN, "tie_word_embeddings": False, "head_dim": 8}),
     ("Gemma3", {"sliding_window": 3, "num_hidden_layers": 4, "sliding_window_pattern": 2}),
-    ("Gemma3", {"rope_parameters": TWO_ROPES, "final_logit_softcapping": 4.0, **MIXED, "tie_word_embeddings": False}),
+    ("Gemma3", {"rope_parameters": TWO_ROPES, **MIXED, "tie_word_embeddings": False}),
     ("Mistral3", {"sliding_window": None, "tie_word_embeddings": False}),
     ("Mistral3", {"sliding_window": 4, "tie_word_embeddings": True, "rope_parameters": YARN}),
     ("Qwen2_5_VL", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),

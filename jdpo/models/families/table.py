@@ -47,7 +47,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5": Family(llama.ernie4_5, LLAMA),
     "gemma": Family(gemma.gemma, LLAMA),
     "gemma2": Family(gemma.gemma2, GEMMA2),
-    "gemma3": tower(gemma3_text=Family(gemma.gemma3_text, GEMMA2)),
+    "gemma3": tower(gemma3_text=Family(gemma.gemma3_of_images, GEMMA2)),
     "gemma3_text": Family(gemma.gemma3_text, GEMMA2),
     "gpt2": Family(gpt.gpt2, GPT2),
     "gpt_neox": Family(gpt.gpt_neox, GPT_NEOX),

@@ -193,6 +193,13 @@ def test_unsupported_settings_are_refused_by_name(
     assert message in str(error.value)
 
 
+def test_gemma3_with_images_has_no_cap_of_logits(tmp_path: Path) -> None:
+    text = {**SHAPE, "model_type": "gemma3_text", "final_logit_softcapping": 30.0}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    with pytest.raises(ValueError, match=r"final_logit_softcapping: not a setting that models .* gemma3 "):
+        read_model_config(tmp_path)
+
+
 def test_longrope_takes_the_short_factors_and_ends_where_they_do(tmp_path: Path) -> None:
     factors = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
     settings = {"original_max_position_embeddings": 16, "rope_scaling": {"type": "longrope", **factors}}

@@ -104,7 +104,13 @@ def torch_model(name: str, settings: dict[str, Any], folder: Path) -> Any:
     torch.manual_seed(0)
     config_name = f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{name}Config"
     model_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
-    config = getattr(transformers, config_name)(**{**SIZES, **settings})
+    sizes = {**SIZES, **settings}
+    # They have no such settings.
+    for key in {"GPT2": ("num_key_value_heads", "intermediate_size"), "GPTNeoX": ("num_key_value_heads",)}.get(
+        name, ()
+    ):
+        del sizes[key]
+    config = getattr(transformers, config_name)(**sizes)
     model = getattr(transformers, model_name)(config).eval()
     if "num_experts_per_tok" in settings:
         model.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes

@@ -50,3 +50,10 @@ def gemma3_text(hf_config: Any) -> ModelConfig:
         raise ValueError("attn_logit_softcapping: not a setting that models of the family gemma3_text follow")
     # Layers with a window have a rope of their own, with shorter waves.
     return _gemma_like(hf_config, layers=by_layer_type(hf_config), qk_norm="head", **mechanisms)
+
+
+def gemma3_of_images(hf_config: Any) -> ModelConfig:
+    """Reads the text part of Gemma 3 with images, whose class in transformers caps no logits."""
+    if hf_config.final_logit_softcapping is not None:
+        raise ValueError("final_logit_softcapping: not a setting that models of the family gemma3 follow")
+    return gemma3_text(hf_config)

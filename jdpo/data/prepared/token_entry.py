@@ -211,7 +211,8 @@ class TokenEntry:
             lines = [f"no rows left of {', '.join(names)}", *tally.lines()]
             # Without this hint, "no rows left" would not tell that the rows are on the other side of the split.
             if part is not None:
-                lines.append(f"eval_fraction {part.fraction} leaves no rows on this side; change or remove it")
+                purpose = {"train": "train on", "eval": "evaluate on"}[part.side]
+                lines.append(f"eval_fraction {part.fraction} leaves no rows to {purpose}; change or remove it")
             raise ValueError("\n".join(lines))
         token_checks.refuse_ruined(tally.counts, tally.counts[KEPT], tally.examples)
 

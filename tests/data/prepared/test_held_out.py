@@ -122,5 +122,5 @@ def test_keys_without_content_are_no_part_of_a_prompt() -> None:
 def test_rows_of_the_other_side_are_not_tokenized(tmp_path: Path, byte_level: Path) -> None:
     bare = load_tokenizer(byte_level, chat_template=None)  # this tokenizer would refuse every conversation
     dataset = write(tmp_path / "a.jsonl", ["Q?"] * 5)
-    with pytest.raises(ValueError, match=r"(?s)no rows left of \S+a\.jsonl\n5 rows read, 0 kept"):
+    with pytest.raises(ValueError, match=r"(?s)no rows left of \S+a\.jsonl\n5 rows read, 0 kept.*to evaluate on"):
         prepare_pairs([dataset], bare, max_length=64, cache_dir=tmp_path / "cache", part=Part("eval", 1e-9))

@@ -42,7 +42,7 @@ class FileTensor(NamedTuple):
 
 
 class ExportPlan(NamedTuple):
-    """What an export writes.
+    """The content of an export.
 
     Attributes:
       tensors: by their names in the files, in the order of the forward pass; carried ones are last.
@@ -84,9 +84,8 @@ def plan_export(config: ModelConfig, source_folder: Path, export_dtype: str) -> 
 
 def export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> list[np.dtype]:
     """Returns the dtypes in which an export has the tensors of the model, without those that are carried."""
-    entries = tensor_entries(source_folder)
-    layout = layout_in(by_model_name(entries, config), config, for_export=True)
-    return list(_dtypes(config, entries, layout, export_dtype)[0].values())
+    tensors = plan_export(config, source_folder, export_dtype).tensors.values()
+    return [DTYPES[tensor.dtype] for tensor in tensors if tensor.model_name is not None]
 
 
 def _dtypes(

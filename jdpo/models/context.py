@@ -1,4 +1,4 @@
-"""What the layers of one pass share: where tokens are, and which of them see each other.
+"""The inputs that the layers of one pass share: where tokens are, and which of them see each other.
 
 Axes: n sequences, t positions, p prompts, r rows of a prompt, g key/value heads, k head width.
 """
@@ -55,7 +55,7 @@ LayerKeys = tuple[jax.Array, jax.Array]
 """Keys [n, g, k, t] and values [n, g, t, k] of prompts in one layer, as `LayerCache` holds them."""
 
 Cache = LayerCache | DeltaCache
-"""What a layer reads and writes in decoding, by its mixer. Both have the methods that the engine calls."""
+"""The cache of a layer in decoding, by its mixer. Both have the methods that the engine calls."""
 
 Kept = Cache | LayerKeys | DeltaState
-"""What a layer leaves: the cache after a token, or what the cache of its answers needs of prompts."""
+"""The result that a layer keeps: the cache after a token, or the part of prompts that caches of their answers need."""

@@ -31,6 +31,15 @@ def num_devices(mesh: Any, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
+def sequence_and_head_axes(mesh: Any, num_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the mesh axes that split sequences, and those that split key heads.
+
+    Heads that the mesh does not divide evenly are replicated.
+    """
+    batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
+    return batch_axes, () if num_heads % num_devices(mesh, head_axes) else head_axes
+
+
 def weight_axes(mesh: Any, logical_name: str | None, size: int) -> tuple[str, ...]:
     """Returns the axes that split a weight's dim: the longest prefix of the rule's that divides it, without axes of 1.
 

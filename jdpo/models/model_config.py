@@ -166,6 +166,11 @@ class ModelConfig:
         return tuple(kind.window for kind in self.layers if kind.mixer == "attention")
 
     @property
+    def num_delta_layers(self) -> int:
+        """The number of layers with a DeltaNet in place of attention."""
+        return self.num_layers - len(self.layer_windows)
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct windows of the layers that have attention, in order of first appearance."""
         return tuple(dict.fromkeys(self.layer_windows))

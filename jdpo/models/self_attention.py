@@ -5,7 +5,6 @@ Axes: n sequences, t positions, p prompts, r rows of a prompt, d model, h heads,
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from jdpo.models.attention import (
 from jdpo.models.attention.splash import tiling
 from jdpo.models.context import Context, LayerKeys
 from jdpo.models.layers import INIT_STDDEV, Norm, Projection
-from jdpo.models.mesh_axes import mesh_axes
+from jdpo.models.mesh_axes import sequence_and_head_axes
 from jdpo.models.model_config import LayerKind, ModelConfig
 from jdpo.models.packed_attention import attend_packed
 from jdpo.models.rope import apply_rope
@@ -199,9 +198,7 @@ def attend_over_mesh(
     if mesh.size == 1 or mesh.empty:
         return causal_attention(query, key, value, lengths=lengths, segments=segments, sinks=sinks, **options)
     # By key heads, so that each is on the same device as the query heads that read it.
-    batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
-    if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
-        head_axes = ()  # heads that the mesh does not divide evenly are replicated
+    batch_axes, head_axes = sequence_and_head_axes(mesh, key.shape[2])
     options |= {"lengths": lengths, "segments": segments, "sinks": sinks}
     options |= {"batch_axes": batch_axes, "head_axes": head_axes}
     return sharded_causal_attention(query, key, value, mesh=mesh, **options)

@@ -75,7 +75,7 @@ class ChannelReader:
 
 
 class ChannelView:
-    """What a person sees of an answer in channels: a line per message, which names its channel."""
+    """The view that a person has of an answer in channels: a line per message, which names its channel."""
 
     def __init__(self) -> None:
         self._reader = ChannelReader()

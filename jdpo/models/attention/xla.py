@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
 from jdpo.models.attention.sinks import softmax_with_sinks
+from jdpo.models.layers import wide_product
 
 
 def dot_product_attention(
@@ -47,7 +48,7 @@ def dot_product_attention(
     softmax_dtype = jnp.promote_types(query_nthk.dtype, jnp.float32)
     query_ntgrk = rearrange(query_nthk, "n t (g r) k -> n t g r k", g=num_kv_heads)
     # [n, g, r, t, s]: query heads are grouped, so keys are not repeated for each of them.
-    scores = _scores(query_ntgrk, key_nsgk)
+    scores = wide_product("ntgrk,nsgk->ngrts", query_ntgrk, key_nsgk)
     scores *= head_dim**-0.5 if scale is None else scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -62,31 +63,6 @@ def dot_product_attention(
     output = rearrange(jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk), "n t g r k -> n t (g r) k")
     # Only the output: this path has no log-sum-exp, so its backward pass needs the scores.
     return checkpoint_name(output, ATTENTION_RESIDUALS)
-
-
-@jax.custom_vjp
-def _scores(query_ntgrk: jax.Array, key_nsgk: jax.Array) -> jax.Array:
-    return _wide_product("ntgrk,nsgk->ngrts", query_ntgrk, key_nsgk)
-
-
-def _scores_forward(query: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _scores(query, key), (query, key)
-
-
-def _scores_backward(operands: tuple[jax.Array, jax.Array], d_scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    query, key = operands
-    # Rounded as in the other backends: JAX's own rule would multiply in float32, which takes several times as long.
-    d_scores = d_scores.astype(query.dtype)
-    d_query = _wide_product("ngrts,nsgk->ntgrk", d_scores, key)
-    d_key = _wide_product("ngrts,ntgrk->nsgk", d_scores, query)
-    return d_query.astype(query.dtype), d_key.astype(key.dtype)
-
-
-_scores.defvjp(_scores_forward, _scores_backward)
-
-
-def _wide_product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def visible_keys(

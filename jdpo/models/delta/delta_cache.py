@@ -17,7 +17,7 @@ from jdpo.models.model_config import DeltaConfig
 
 
 class DeltaState(NamedTuple):
-    """What is left of the tokens of a sequence; the dots are p, or p and r.
+    """The state after the tokens of a sequence; the dots are p, or p and r.
 
     Attributes:
       query, key: [.., w - 1, g, k], the last tokens before the convolution; 0 before the first one.

@@ -6,7 +6,6 @@ with a cache, n is prompts and t the rows of each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from jdpo.models.delta.convolution import CausalConvolution, last_tokens
 from jdpo.models.delta.delta_cache import DeltaCache, DeltaState
 from jdpo.models.delta.delta_rule import DeltaInputs, delta_step, gated_delta_rule, state_dtype
 from jdpo.models.layers import Norm, Projection
-from jdpo.models.mesh_axes import mesh_axes
+from jdpo.models.mesh_axes import sequence_and_head_axes
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.packed_attention import PackedSequences, to_sequences, to_slots
 
@@ -30,7 +29,7 @@ NORM_EPSILON = 1e-6
 
 
 class _Places(NamedTuple):
-    """Where the sequences of rows are.
+    """The places of the sequences of rows.
 
     Attributes:
       starts: int [n, t], the place where the sequence of each place starts.
@@ -191,9 +190,7 @@ def rule_over_mesh(inputs: DeltaInputs, starts_nt: jax.Array) -> tuple[jax.Array
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.empty:
         return gated_delta_rule(inputs, starts_nt)
-    batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
-    if inputs.key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
-        head_axes = ()  # heads that the mesh does not divide evenly are replicated
+    batch_axes, head_axes = sequence_and_head_axes(mesh, inputs.key.shape[2])
     tokens, states = PartitionSpec(batch_axes, None, head_axes), PartitionSpec(batch_axes, head_axes)
     # Left to itself, XLA could split the loop over chunks along the states' widths, with communication in every step.
     rule = jax.shard_map(

@@ -16,13 +16,14 @@ products (section 3.3); only the states at the starts of chunks are computed one
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+
+from jdpo.models.layers import wide_product
 
 CHUNK = 64
 """Places of a chunk: as many as make its products large, while the triangular system remains small."""
@@ -38,7 +39,7 @@ def state_dtype(dtype: Any) -> Any:
 
 
 class DeltaInputs(NamedTuple):
-    """What the rule reads of each token.
+    """The inputs of the rule, for each token.
 
     Attributes:
       query, key: [n, t, g, k], normalized; the rule applies no scale of its own.
@@ -104,11 +105,11 @@ def gated_delta_rule(inputs: DeltaInputs, starts_nt: jax.Array, *, chunk: int = 
         # Repeated for the value heads, so that these are a batch axis of every product. Otherwise they would be rows or
         # columns in some of them, and XLA would transpose the state, which is larger, in every step.
         query, key = (jnp.broadcast_to(x[:, :, None], chunk.readers.shape) for x in (chunk.query, chunk.key))
-        written = chunk.values - _product("ngmik,ngmkv->ngmiv", chunk.readers, read)
-        of_state = chunk.decay_in[..., None] * _product("ngmik,ngmkv->ngmiv", query, read)
-        output = of_state + _product("ngmij,ngmjv->ngmiv", chunk.scores, written.astype(dtype))
+        written = chunk.values - wide_product("ngmik,ngmkv->ngmiv", chunk.readers, read)
+        of_state = chunk.decay_in[..., None] * wide_product("ngmik,ngmkv->ngmiv", query, read)
+        output = of_state + wide_product("ngmij,ngmjv->ngmiv", chunk.scores, written.astype(dtype))
         left = (chunk.decay_out[..., None] * written).astype(dtype)
-        state = chunk.kept[..., None, None] * state + _product("ngmjk,ngmjv->ngmkv", key, left)
+        state = chunk.kept[..., None, None] * state + wide_product("ngmjk,ngmjv->ngmkv", key, left)
         return state, output.astype(dtype)
 
     n, _, g, m, width = inputs.value.shape
@@ -142,50 +143,23 @@ def _chunks(inputs: DeltaInputs, starts_nt: jax.Array, size: int) -> _Chunk:
     sees_start = starts < place[..., :1]
     decay_in = jnp.where(sees_start, jnp.exp(total), 0)
     is_last = starts == starts[..., -1:]
-    similar = _product("cngik,cngjk->cngij", key, key)[:, :, :, None]
+    similar = wide_product("cngik,cngjk->cngij", key, key)[:, :, :, None]
     # Strictly lower: a token does not correct itself.
     lower = jnp.where(np.tri(size, k=-1, dtype=bool), beta[..., None] * decay * similar, 0)
     inverse = unit_lower_inverse(lower) * beta[..., None, :]
-    attended = _product("cngik,cngjk->cngij", query, key)[:, :, :, None]
+    attended = wide_product("cngik,cngjk->cngij", query, key)[:, :, :, None]
     return _Chunk(
         query,
         key,
-        values=_product("cngmij,cngmjv->cngmiv", inverse.astype(dtype), value).astype(dtype),
-        readers=_product("cngmij,cngjk->cngmik", (inverse * decay_in[..., None, :]).astype(dtype), key).astype(dtype),
+        values=wide_product("cngmij,cngmjv->cngmiv", inverse.astype(dtype), value).astype(dtype),
+        readers=wide_product("cngmij,cngjk->cngmik", (inverse * decay_in[..., None, :]).astype(dtype), key).astype(
+            dtype
+        ),
         scores=(attended * decay).astype(dtype),
         decay_in=decay_in,
         decay_out=jnp.exp(jnp.where(is_last, total[..., -1:] - total, -jnp.inf)),
         kept=decay_in[..., -1],
     )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Computes `jnp.einsum(equation, left, right)`, summed and returned in float32 or wider.
-
-    JAX's own gradient would multiply the wide cotangent, in float32. Rounded first, it is multiplied in the operands'
-    dtype, as in kernels of attention.
-    """
-    return jnp.einsum(equation, left, right, preferred_element_type=state_dtype(left.dtype))
-
-
-def _product_forward(equation: str, left: jax.Array, right: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(equation, left, right), (left, right)
-
-
-def _product_backward(
-    equation: str, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    (left, right), (operands, result) = residuals, equation.split("->")
-    of_left, of_right = operands.split(",")
-    cotangent = cotangent.astype(left.dtype)
-    return (
-        _product(f"{result},{of_right}->{of_left}", cotangent, right).astype(left.dtype),
-        _product(f"{of_left},{result}->{of_right}", left, cotangent).astype(right.dtype),
-    )
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp

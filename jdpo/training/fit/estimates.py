@@ -86,7 +86,7 @@ def kept_bytes(config: ModelConfig, remat: str, *, itemsize: int, places: float,
         of_attention += itemsize * config.attention_gate * 2 * h * k  # its sigmoid, and what it multiplies
     num_attention = len(config.layer_windows)
     of_delta = 0.0 if config.delta is None else _kept_by_delta(config.delta, remat, itemsize, places) / tensor
-    return total * config.num_layers + of_attention * num_attention + of_delta * (config.num_layers - num_attention)
+    return total * config.num_layers + of_attention * num_attention + of_delta * config.num_delta_layers
 
 
 def _kept_by_delta(config: DeltaConfig, remat: str, itemsize: int, places: float) -> float:
@@ -197,7 +197,7 @@ def _rule_products(config: ModelConfig, places: float, length: int) -> tuple[flo
     if config.delta is None:
         return 0.0, 0.0
     of_layer = rule_products(config.delta, length)
-    num_places = places * (config.num_layers - len(config.layer_windows))
+    num_places = places * config.num_delta_layers
     return num_places * of_layer.forward, num_places * of_layer.backward
 
 

@@ -141,7 +141,7 @@ def _matrices(config: ModelConfig) -> _Matrices:
     num_attention = len(config.layer_windows)
     shared = num_attention * heads * config.head_dim + num_dense * maps * config.d_ff
     if config.delta is not None:
-        shared += (config.num_layers - num_attention) * (projection_width(config.delta) + value_width(config.delta))
+        shared += config.num_delta_layers * (projection_width(config.delta) + value_width(config.delta))
     if config.moe is None:
         return _Matrices(config.d_model * shared, 0)
     num_sparse = config.num_layers - num_dense
@@ -195,8 +195,7 @@ def _rule_products(config: ModelConfig, length: int) -> RuleProducts:
     """Multiplications of the delta rule per token, in all layers that have one."""
     if config.delta is None:
         return RuleProducts(0, 0, 0)
-    num_layers = config.num_layers - len(config.layer_windows)
-    return RuleProducts(*(num_layers * products for products in rule_products(config.delta, length)))
+    return RuleProducts(*(config.num_delta_layers * products for products in rule_products(config.delta, length)))
 
 
 def _rule_products_run(config: ModelConfig, length: int, remat: str, forwards: int) -> int:

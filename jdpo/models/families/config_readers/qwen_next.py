@@ -9,7 +9,7 @@ from jdpo.models.families.config_readers.expert_settings import experts_of
 from jdpo.models.families.config_readers.llama import llama_like
 from jdpo.models.families.config_readers.qwen import with_experts
 from jdpo.models.families.config_readers.ropes import rope_of
-from jdpo.models.families.config_readers.shared import FULL_ATTENTION, activation_of
+from jdpo.models.families.config_readers.shared import FULL_ATTENTION, activation_of, refuse_unknown_layer_types
 from jdpo.models.model_config import DeltaConfig, LayerKind, ModelConfig
 
 LINEAR_ATTENTION = "linear_attention"
@@ -30,11 +30,7 @@ def _layers(hf_config: Any) -> tuple[LayerKind, ...]:
     Raises:
       ValueError: a type is unknown.
     """
-    unknown = sorted(set(hf_config.layer_types) - {FULL_ATTENTION, LINEAR_ATTENTION})
-    if unknown:
-        raise ValueError(
-            f"layer_types: {unknown[0]!r} is not supported; supported are {FULL_ATTENTION}, {LINEAR_ATTENTION}"
-        )
+    refuse_unknown_layer_types(hf_config, FULL_ATTENTION, LINEAR_ATTENTION)
     # Positions of time, height and width (mrope_section) are the same in rows of text, so the rope is a plain one.
     rope = rope_of(hf_config, partial=True)
     kinds = {FULL_ATTENTION: LayerKind(rope=rope), LINEAR_ATTENTION: LayerKind(rope=None, mixer="delta")}

@@ -134,6 +134,13 @@ def same_layers(hf_config: Any, *, window: int | None = None, partial: bool = Fa
     return (kind,) * hf_config.num_hidden_layers
 
 
+def refuse_unknown_layer_types(hf_config: Any, *supported: str) -> None:
+    """Refuses layers of other types than those that a family has."""
+    unknown = sorted(set(hf_config.layer_types) - {*supported})
+    if unknown:
+        raise ValueError(f"layer_types: {unknown[0]!r} is not supported; supported are {', '.join(supported)}")
+
+
 def windows_of(hf_config: Any) -> tuple[int | None, ...]:
     """Returns the window of each layer, by its type.
 
@@ -141,11 +148,7 @@ def windows_of(hf_config: Any) -> tuple[int | None, ...]:
       ValueError: a type is unknown, or is sliding although there is no window.
     """
     layer_types = hf_config.layer_types
-    unknown = sorted(set(layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION})
-    if unknown:
-        raise ValueError(
-            f"layer_types: {unknown[0]!r} is not supported; supported are {FULL_ATTENTION}, {SLIDING_ATTENTION}"
-        )
+    refuse_unknown_layer_types(hf_config, FULL_ATTENTION, SLIDING_ATTENTION)
     # Qwen's configs keep a window that use_sliding_window turns off.
     window = hf_config.sliding_window if getattr(hf_config, "use_sliding_window", True) else None
     if SLIDING_ATTENTION in layer_types and window is None:
